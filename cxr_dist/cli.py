@@ -1,0 +1,94 @@
+"""The shell around every job: parse the config, call the job, print one JSON result, choose the exit code.
+
+Stdout ends with exactly one line of JSON; everything meant for people goes to stderr through logging or is printed
+before it. Exit codes: 0 done, 1 failed, 2 bad input or config.
+"""
+
+import argparse
+import difflib
+import json
+import logging
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jsonargparse
+
+from cxr_dist.config import Config
+from cxr_dist.errors import InputError
+
+__all__ = ["Job", "parse", "run_job"]
+
+Job = Callable[[Config, argparse.Namespace], dict[str, Any]]
+
+log = logging.getLogger(__name__)
+
+jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+
+class _Parser(jsonargparse.ArgumentParser):
+    """A parser whose errors are one sentence on stderr and exit code 2, naming the nearest key."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        known = sorted(option.removeprefix("--") for action in self._actions for option in action.option_strings)
+        print(f"error: {_one_sentence(message, known)}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _one_sentence(message: str, known: list[str]) -> str:
+    text = " ".join(str(message).split())
+    unknown = re.search(r"[Uu]nrecognized arguments: (.*)", text)
+    if unknown:
+        return _unknown_key(unknown[1].split()[0].removeprefix("--").split("=")[0], known)
+    unknown = re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", text)
+    if unknown:
+        return _unknown_key(f"{unknown[1]}.{unknown[2]}", known)
+    return re.sub(r"^Parser key \"([^\"]+)\": ", r"\1: ", text)
+
+
+def _unknown_key(key: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
+    hint = f"did you mean {near[0]}?" if near else "see --help for every key"
+    return f"unknown key {key}: {hint}"
+
+
+def parse(
+    description: str, extra: Callable[[Any], None] | None = None, argv: list[str] | None = None
+) -> tuple[Config, argparse.Namespace]:
+    """Parse a command line into the run's config and the job's own flags; exits with 2 on what cannot be used."""
+    parser = _Parser(description=description, default_env=False)
+    parser.add_argument("--config", action="config", help="YAML file of a run; later flags override it")
+    parser.add_argument("--json", type=str | None, default=None, help="also write the result to this file")
+    if extra is not None:
+        extra(parser)
+    for section in Config.__dataclass_fields__.values():
+        parser.add_class_arguments(section.type, section.name, help=(section.type.__doc__ or "").strip())
+    parsed = parser.parse_args(argv)
+    built = parser.instantiate_classes(parsed)
+    config = Config(**{name: getattr(built, name) for name in Config.__dataclass_fields__})
+    return config, argparse.Namespace(**vars(parsed))
+
+
+def run_job(
+    main: Job, *, description: str, extra: Callable[[Any], None] | None = None, argv: list[str] | None = None
+) -> NoReturn:
+    """Run a job from its command line and leave the process with the right exit code."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname).1s %(message)s", stream=sys.stderr)
+    try:
+        config, args = parse(description, extra, argv)
+        result = main(config, args)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except Exception as error:
+        log.debug("traceback", exc_info=True)
+        log.exception("failed: %s", error)
+        sys.exit(1)
+    line = json.dumps(result, allow_nan=False)
+    if args.json:
+        Path(args.json).write_text(line + "\n")
+    sys.stderr.flush()
+    print(line, flush=True)
+    sys.exit(0)

@@ -1,0 +1,176 @@
+"""The plan as a stream: one Ray Data pipeline for the whole job, dealt to the ranks, checked at the consumer.
+
+Ray's splitter gives the next block to the rank that has received the fewest rows, ties to the lowest rank. With
+blocks of one size in a kept order that is a round robin, so ordering the tasks run by run and rank by rank is enough
+to deliver the plan. Nothing rests on it silently: every row carries its step and rank, and the first that is not the
+one expected is an error.
+"""
+
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import ray
+import ray.train
+
+from cxr_dist.data.decode import CORRUPT, OK, Decoder, StreamSpec, fixed_rows
+from cxr_dist.data.plan import Plan, Step
+from cxr_dist.errors import RunError
+
+__all__ = ["Batch", "PlanDataConfig", "Stream", "build_splits"]
+
+TASK_RETRIES = 8
+"""Attempts after the first at a decoding task whose process died; Ray's default is to try for ever."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """A rank's share of one step. B rows, K findings, S pixels a side; arrays are read-only views of the block."""
+
+    step: Step
+    images_BSS: npt.NDArray[np.uint8]
+    labels_BK: npt.NDArray[np.uint8]
+    draws_B6: npt.NDArray[np.float32]
+    rows_B: npt.NDArray[np.int64]
+    """Row of the split that each image is; -1 for padding."""
+    valid_B: npt.NDArray[np.bool_]
+    """False for padding and for unreadable images."""
+    image_ids: list[str]
+    corrupt: dict[str, str]
+    """Unreadable images of this share: id to reason."""
+
+
+def build_splits(
+    spec: StreamSpec,
+    *,
+    num_actors: int,
+    decoder: Callable[..., Any] = Decoder,
+    label_selector: dict[str, str] | None = None,
+) -> list[Any]:
+    """One DataIterator a rank over the run's remaining steps. Needs a running Ray."""
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    tasks = ray.data.from_items(list(range(spec.num_tasks)), override_num_blocks=spec.num_tasks)
+    blocks = tasks.map_batches(
+        decoder,
+        fn_constructor_kwargs={"spec": spec},
+        batch_size=1,
+        compute=ray.data.ActorPoolStrategy(size=num_actors),
+        num_cpus=1,
+        label_selector=label_selector,
+        ray_remote_args_fn=_retries,
+    )
+    blocks.context.execution_options = ray.data.ExecutionOptions(preserve_order=True)
+    blocks.context.target_max_block_size = None  # a task's output stays one block, however large
+    return blocks.streaming_split(spec.world_size, equal=False)
+
+
+def _retries() -> dict[str, int]:
+    return {"max_restarts": -1, "max_task_retries": TASK_RETRIES}
+
+
+class PlanDataConfig(ray.train.DataConfig):
+    """Builds the stream each time a worker group starts, from its world size and the latest checkpoint's position."""
+
+    def __init__(self, make_spec: Callable[[int], StreamSpec], num_actors: int):
+        super().__init__(datasets_to_split="all")
+        self.make_spec = make_spec
+        self.num_actors = num_actors
+
+    def configure(
+        self, datasets: dict, world_size: int, worker_handles: Any, worker_node_ids: Any, **kwargs: Any
+    ) -> list[dict]:
+        spec = replace(self.make_spec(world_size), token=uuid.uuid4().hex)
+        if spec.num_tasks == 0:
+            return [{name: EmptyShard() for name in datasets} for _ in range(world_size)]
+        splits = build_splits(spec, num_actors=self.num_actors)
+        return [{name: splits[rank] for name in datasets} for rank in range(world_size)]
+
+
+class EmptyShard:
+    """The shard of a run that has no step left."""
+
+    def iter_batches(self, **_: Any) -> Iterator[pa.Table]:
+        return iter(())
+
+
+@dataclass
+class Stream:
+    """A rank's batches, in the plan's order, each checked against it. Counts what it waits for and what is unreadable.
+
+    Iterating raises RunError at the first row that is not the one the plan has there, and at an end that comes early.
+    """
+
+    shard: Any
+    plan: Plan
+    rank: int
+    world_size: int
+    size: int
+    wait_s: float = 0.0
+    """Seconds spent waiting for data, all batches together."""
+    delivered: int = 0
+    """Images delivered, unreadable ones included."""
+    corrupt: dict[str, str] = field(default_factory=dict)
+    """Unreadable images met so far: id to reason."""
+    start: int | None = None
+    """First step delivered; None before the first batch, or if no step is left."""
+
+    def __iter__(self) -> Iterator[Batch]:
+        blocks = iter(self.shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2))
+        share = self.plan.rank_batch(self.world_size)
+        expected = None
+        while True:
+            waited = time.perf_counter()
+            block = next(blocks, None)
+            self.wait_s += time.perf_counter() - waited
+            if block is None:
+                break
+            for offset in range(0, len(block), share):
+                rows = block.slice(offset, share)
+                index = rows["index"][0].as_py()
+                if expected is None:
+                    expected = self.start = index
+                if index >= self.plan.num_steps:
+                    continue
+                yield self._checked(rows, expected)
+                expected += 1
+        if expected is not None and expected != self.plan.num_steps:
+            raise RunError(
+                f"stream of rank {self.rank} ended before step {expected} of {self.plan.num_steps}; "
+                "a decoding task was lost, run the job again to go on from the last checkpoint"
+            )
+
+    def _checked(self, table: pa.Table, index: int) -> Batch:
+        step = self.plan.step(index)
+        rows = self.plan.split_of(step).rows(step.of_rank(self.rank, self.world_size))
+        for name, found, expected in (
+            ("step", table["index"].to_numpy(), np.full(len(rows), index)),
+            ("rank", table["rank"].to_numpy(), np.full(len(rows), self.rank)),
+            ("row", table["row"].to_numpy(), rows),
+        ):
+            if not np.array_equal(found, expected):
+                raise RunError(
+                    f"stream of rank {self.rank} out of order: found {name} {found[:4].tolist()}…, expected "
+                    f"{expected[:4].tolist()}… at step {index}; this is a fault of the stream, please report it"
+                )
+        state = table["state"].to_numpy()
+        ids = table["image_id"].to_pylist()
+        reasons = table["reason"].to_pylist()
+        corrupt = {ids[row]: reasons[row] for row in np.flatnonzero(state == CORRUPT)}
+        self.corrupt.update(corrupt)
+        self.delivered += int((rows >= 0).sum())
+        return Batch(
+            step=step,
+            images_BSS=fixed_rows(table["image"], np.uint8).reshape(len(rows), self.size, self.size),
+            labels_BK=fixed_rows(table["labels"], np.uint8),
+            draws_B6=fixed_rows(table["draws"], np.dtype("<f4")),
+            rows_B=rows,
+            valid_B=state == OK,
+            image_ids=ids,
+            corrupt=corrupt,
+        )

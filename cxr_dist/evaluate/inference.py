@@ -1,0 +1,170 @@
+"""From a checkpoint to a score table: every row of a split once, decoded and scored in one Ray Data pipeline."""
+
+import logging
+import math
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+import torch
+
+from cxr_dist import storage
+from cxr_dist.cluster import free_cpus
+from cxr_dist.config import Config, ModelConfig
+from cxr_dist.data.decode import CORRUPT, OK, PADDING, Journal, RowDecoder, fixed_rows
+from cxr_dist.data.manifest import Manifest
+from cxr_dist.data.nih import FINDINGS
+from cxr_dist.data.plan import Split
+from cxr_dist.data.shards import ShardReader
+from cxr_dist.errors import RunError
+from cxr_dist.evaluate.scores import ScoreTable
+from cxr_dist.model import weights
+from cxr_dist.model.network import Network
+from cxr_dist.train.checkpoint import load_checkpoint
+from cxr_dist.train.validation import score_table
+
+__all__ = ["score_split"]
+
+log = logging.getLogger(__name__)
+
+TASK_IMAGES = 256
+
+TASK_RETRIES = 8
+"""Attempts after the first at a decoding task whose process died; Ray's default is to try for ever."""
+
+
+def score_split(
+    config: Config, checkpoint_uri: str, split: str, *, use_gpu: bool = False, max_images: int | None = None
+) -> ScoreTable:
+    """Scores of a split by a checkpoint; RunError unless each readable image has exactly one.
+
+    The model is the one that the checkpoint was trained as, whatever `config` says; the dataset is `config.data.uri`.
+    """
+    manifest = Manifest.load(config.data.uri)
+    rows = manifest.rows(split)
+    num_rows = rows.num_rows if max_images is None else min(max_images, rows.num_rows)
+    checkpoint = load_checkpoint(checkpoint_uri)
+    findings = tuple(checkpoint["findings"])
+    decode = DecodeGroups(
+        RowDecoder(
+            source=ShardReader.from_manifest(manifest, split),
+            split=Split(num_rows=rows.num_rows, row_group=manifest.row_group),
+            size=manifest.size,
+            encoding=manifest.encoding,
+            findings=tuple(FINDINGS.index(finding) for finding in findings),
+        ),
+        token=uuid.uuid4().hex,
+        groups_per_task=max(1, TASK_IMAGES // manifest.row_group),
+        num_groups=math.ceil(num_rows / manifest.row_group),
+    )
+    num_scorers = config.train.num_workers if use_gpu else 1
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    tasks = ray.data.from_items(list(range(decode.num_tasks)), override_num_blocks=decode.num_tasks)
+    blocks = tasks.map_batches(
+        decode,
+        batch_size=1,
+        num_cpus=1,
+        compute=ray.data.TaskPoolStrategy(size=max(1, min(decode.num_tasks, free_cpus(0 if use_gpu else num_scorers)))),
+        ray_remote_args_fn=_retries,
+    ).map_batches(
+        Scorer,
+        fn_constructor_args=(checkpoint_uri, config.train.threads_per_worker),
+        batch_size=None,
+        batch_format="pyarrow",
+        compute=ray.data.ActorPoolStrategy(size=num_scorers),
+        num_gpus=1 if use_gpu else 0,
+        num_cpus=0 if use_gpu else 1,
+    )
+    parts = list(blocks.iter_batches(batch_size=None, batch_format="pyarrow"))
+    return _checked(pa.concat_tables(parts), rows, split, findings, num_rows, config.data.max_corrupt)
+
+
+def _retries() -> dict[str, int]:
+    return {"max_retries": TASK_RETRIES}
+
+
+def _checked(
+    scored: pa.Table, rows: pa.Table, split: str, findings: tuple[str, ...], num_rows: int, max_corrupt: float
+) -> ScoreTable:
+    scored = scored.filter(pa.compute.not_equal(scored["state"], PADDING)).sort_by("row")
+    found = scored["row"].to_numpy()
+    found = found[found < num_rows]
+    scored = scored.slice(0, len(found))
+    if not np.array_equal(found, np.arange(num_rows)):
+        raise RunError(
+            f"{split}: found {len(found)} scored rows ({len(np.unique(found))} different), expected each of {num_rows} once"
+        )
+    corrupt = scored.filter(pa.compute.equal(scored["state"], CORRUPT))
+    if len(corrupt):
+        names = corrupt["image_id"].to_pylist()
+        log.warning("%s: %d unreadable images are not scored: %s", split, len(names), ", ".join(names[:10]))
+        if len(names) > max_corrupt * num_rows:
+            raise RunError(
+                f"{split}: {len(names)} of {num_rows} images are unreadable, allowed are data.max_corrupt = "
+                f"{max_corrupt:g} of them; first {', '.join(names[:5])}"
+            )
+    scored = scored.filter(pa.compute.equal(scored["state"], OK)).combine_chunks()
+    logits = fixed_rows(scored["logits"], np.dtype("<f4")).copy()
+    labels = fixed_rows(scored["labels"], np.uint8) == 1
+    return score_table(rows.take(scored["row"]), split, findings, logits, labels)
+
+
+@dataclass(frozen=True)
+class DecodeGroups:
+    """A Ray Data task: {"item": [task number]} to the decoded rows of a run of row groups."""
+
+    decoder: RowDecoder
+    token: str
+    groups_per_task: int
+    num_groups: int
+
+    @property
+    def num_tasks(self) -> int:
+        return math.ceil(self.num_groups / self.groups_per_task)
+
+    def __call__(self, batch: dict[str, Any]) -> Iterator[pa.Table]:
+        for number in batch["item"]:
+            first = int(number) * self.groups_per_task
+            groups = np.arange(first, min(first + self.groups_per_task, self.num_groups))
+            with Journal(self.token, int(number)) as journal:
+                yield self.decoder.rows(groups, journal)
+
+
+class Scorer:
+    """A Ray Data actor: decoded rows to logits, with the model of one checkpoint."""
+
+    def __init__(self, checkpoint_uri: str, threads: int):
+        use_gpu = bool(ray.get_gpu_ids())
+        if not use_gpu:
+            torch.set_num_threads(threads)
+        self.network = load_network(checkpoint_uri, torch.device("cuda" if use_gpu else "cpu"))
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        size = math.isqrt(table.schema.field("image").type.byte_width)
+        pixels = fixed_rows(table["image"], np.uint8).reshape(len(table), size, size)
+        logits = np.ascontiguousarray(self.network.score(pixels), dtype="<f4")
+        column = pa.FixedSizeBinaryArray.from_buffers(
+            pa.binary(4 * logits.shape[1]), len(logits), [None, pa.py_buffer(logits)]
+        )
+        return table.drop_columns(["image", "draws"]).append_column("logits", column)
+
+
+def load_network(checkpoint_uri: str, device: torch.device) -> Network:
+    """The network of a checkpoint, ready to score."""
+    checkpoint = load_checkpoint(checkpoint_uri)
+    where = storage.join(checkpoint["folder"], "initial.pt")
+    initial = weights.restore(storage.read_bytes(where), storage.shown(where))
+    network = Network.build(
+        initial,
+        ModelConfig(**checkpoint["model"]),
+        num_findings=len(checkpoint["findings"]),
+        precision=checkpoint["precision"],
+        device=device,
+    )
+    network.tail.load_state_dict(checkpoint["tail"])
+    return network

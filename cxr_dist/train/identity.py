@@ -1,0 +1,98 @@
+"""Who a run is: the file that ties a run's folder to its MLflow run and to what decides its result."""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from cxr_dist import storage
+from cxr_dist.config import Config, flatten
+from cxr_dist.errors import ConfigError, InputError
+from cxr_dist.train.checkpoint import Checkpoints
+from cxr_dist.train.job import TrainJob
+
+__all__ = ["Identity"]
+
+FORMAT = 1
+
+FREE = {
+    "train.num_workers",
+    "train.use_gpu",
+    "train.cpus_per_worker",
+    "train.threads_per_worker",
+    "train.micro_batch",
+    "train.max_failures",
+    "train.log_every_steps",
+    "train.process_group_timeout_s",
+    "train.storage_path",
+    "run.resume",
+    "tracking.uri",
+    "model.weights",
+    "model.prefix_chunk",
+}
+"""Keys that a resumed run may change: the machine, not the result. (The weights are stored with the run.)"""
+
+FREE_SECTIONS = ("data.", "evaluate.")
+"""The dataset's identity is its manifest's hash; evaluation comes after training."""
+
+
+@dataclass(frozen=True)
+class Identity:
+    """The run's MLflow id, or None before the run has one."""
+
+    where: str
+    run_id: str | None
+
+    @classmethod
+    def claim(cls, job: TrainJob, *, resume: str) -> "Identity":
+        """The identity of the job's run; ConfigError if `resume` or the config does not allow to go on with it."""
+        where = storage.join(job.folder, "run.json")
+        name = job.config.run.name
+        try:
+            found = json.loads(storage.read_bytes(where))
+        except FileNotFoundError:
+            found = None
+        if resume == "must" and not Checkpoints(job.folder).entries():
+            raise ConfigError(
+                f"run.resume: found no checkpoint of run {name} under {job.folder}, expected one for must"
+            )
+        if found is None:
+            return cls(where, None)
+        if found.get("format") != FORMAT:
+            raise InputError(f"{where}: found format {found.get('format')!r}, expected {FORMAT}")
+        if resume == "never":
+            raise ConfigError(
+                f"run.name: found a run {name} under {job.folder}; give another run.name, or run.resume auto"
+            )
+        if found["manifest_sha256"] != job.manifest_sha256:
+            raise ConfigError(
+                f"data.uri: run {name} was started on the dataset with manifest {found['manifest_sha256'][:12]}…, found "
+                f"{job.manifest_sha256[:12]}…; give that dataset or another run.name"
+            )
+        for key, value in decisive(job.config).items():
+            if found["config"].get(key) != value:
+                raise ConfigError(
+                    f"{key}: run {name} was started with {found['config'].get(key)!r}, found {value!r}; keep the first, "
+                    "or give another run.name"
+                )
+        return cls(where, found["run_id"])
+
+    def record(self, job: TrainJob) -> None:
+        """Write the file, once the MLflow run exists."""
+        if self.run_id == job.run_id:
+            return
+        content = {
+            "format": FORMAT,
+            "run_id": job.run_id,
+            "manifest_sha256": job.manifest_sha256,
+            "plan_sha256": job.plan.sha256,
+            "config": decisive(job.config),
+        }
+        storage.put_atomic(self.where, json.dumps(content, indent=1).encode())
+
+
+def decisive(config: Config) -> dict[str, Any]:
+    """The config values that decide a run's result, as plain JSON values."""
+    values = {
+        key: value for key, value in flatten(config).items() if key not in FREE and not key.startswith(FREE_SECTIONS)
+    }
+    return json.loads(json.dumps(values))

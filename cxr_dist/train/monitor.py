@@ -1,0 +1,140 @@
+"""What a rank tells the world: progress lines for people, metrics for MLflow, the use of its node, speed at the end."""
+
+import logging
+import resource
+import tempfile
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import ray
+import ray.train
+
+from cxr_dist.data.plan import Step
+from cxr_dist.data.stream import Stream
+from cxr_dist.journal import MetricJournal, SystemMetrics, start_system_metrics
+from cxr_dist.train.distributed import Ranks
+from cxr_dist.train.job import TrainJob
+from cxr_dist.train.progress import Progress
+from cxr_dist.train.validation import Validation
+
+__all__ = ["Monitor"]
+
+log = logging.getLogger(__name__)
+
+MIB = 2**20
+
+
+class Monitor:
+    """Rank 0 logs the run's metrics; the first rank of each node logs the node's. Others only keep time."""
+
+    def __init__(self, job: TrainJob, ranks: Ranks):
+        self.job, self.ranks = job, ranks
+        self.journal: MetricJournal | None = None
+        self.system: SystemMetrics | None = None
+        self.began = self.logged = time.perf_counter()
+        self.first_index = 0
+        self.logged_wait_s = 0.0
+
+    def __enter__(self) -> Self:
+        context = ray.train.get_context()
+        if self.ranks.rank == 0:
+            folder = Path(tempfile.gettempdir()) / f"cxr-dist-{self.job.run_id}"
+            folder.mkdir(mode=0o700, exist_ok=True)
+            self.journal = MetricJournal(folder / "metrics.jsonl", self.job.tracking_uri, self.job.run_id)
+        if context.get_local_rank() == 0:
+            node = f"node{context.get_node_rank()}-{ray.util.get_node_ip_address()}"
+            self.system = start_system_metrics(self.job.tracking_uri, self.job.run_id, node)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.system is not None:
+            self.system.stop()
+        if self.journal is not None:
+            self.journal.close()
+
+    def start(self, index: int) -> None:
+        """Begin to keep time: the first batch is here and the network is ready."""
+        self.first_index = index
+        self.began = self.logged = time.perf_counter()
+
+    def log_steps(self, step: Step, losses: list[float], *, lr: float, wait_s: float) -> None:
+        """Once in a while: loss, speed and waiting since the last time."""
+        now = time.perf_counter()
+        elapsed, waited = max(now - self.logged, 1e-9), wait_s - self.logged_wait_s
+        self.logged, self.logged_wait_s = now, wait_s
+        if self.ranks.rank != 0 or not losses:
+            return
+        plan = self.job.plan
+        loss = sum(losses) / len(losses)
+        images_per_s = len(losses) * plan.global_batch / elapsed
+        done = step.index + 1 - self.first_index
+        left_s = (now - self.began) / done * (plan.num_steps - step.index - 1)
+        log.info(
+            "epoch %d/%d step %d/%d  loss %.4f  %.1f images/s  data wait %.0f %%  ETA %s",
+            step.epoch + 1,
+            plan.epochs,
+            step.number + 1,
+            plan.train_steps,
+            loss,
+            images_per_s,
+            100 * waited / elapsed,
+            _duration(left_s),
+        )
+        self._log(
+            {
+                "train/loss": loss,
+                "train/lr": lr,
+                "train/images_per_s": images_per_s,
+                "train/data_wait_fraction": waited / elapsed,
+                "train/images_seen": self._steps_done(step) * plan.global_batch,
+            },
+            step,
+        )
+
+    def log_epoch(self, step: Step, validation: Validation, progress: Progress) -> None:
+        """At an epoch's end, on rank 0: validation."""
+        # the time of validation and checkpoint is not the next interval's
+        self.logged = time.perf_counter()
+        metrics = {"val/loss": validation.loss, "val/n_scored": float(len(validation.rows_N))}
+        if validation.mean_auroc is not None:
+            metrics["val/auroc_mean"] = validation.mean_auroc
+        metrics |= {f"val/auroc/{name}": value for name, value in validation.auroc.items() if value is not None}
+        self._log(metrics, step)
+        log.info(
+            "epoch %d/%d  val loss %.4f  val mean AUROC %s%s",
+            step.epoch + 1,
+            self.job.plan.epochs,
+            validation.loss,
+            "undefined" if validation.mean_auroc is None else f"{validation.mean_auroc:.4f}",
+            "  (best)" if progress.is_best else "",
+        )
+
+    def summary(self, stream: Stream) -> dict[str, Any]:
+        """Speed, waiting and memory over all ranks; a collective call."""
+        elapsed = max(time.perf_counter() - self.began, 1e-9)
+        peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / MIB
+        seen = self.ranks.gather((stream.delivered, stream.wait_s / elapsed, peak_mb))
+        return {
+            "images_per_s": round(sum(images for images, _, _ in seen) / elapsed, 2),
+            "data_wait_fraction": round(max(waited for _, waited, _ in seen), 4),
+            "peak_rss_mb": round(max(peak for _, _, peak in seen), 1),
+        }
+
+    def _steps_done(self, step: Step) -> int:
+        """Optimizer steps of the run up to the end of this one: the x axis of every metric."""
+        plan = self.job.plan
+        return step.epoch * plan.train_steps + (step.number + 1 if step.kind == "train" else plan.train_steps)
+
+    def _log(self, metrics: dict[str, float], step: Step) -> None:
+        if self.journal is not None:
+            self.journal.log(metrics, step=self._steps_done(step), epoch=step.epoch)
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}"
