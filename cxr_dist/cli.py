@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import jsonargparse
 
 from cxr_dist.config import Config
-from cxr_dist.errors import InputError
+from cxr_dist.errors import ConfigError, InputError
 
 __all__ = ["Job", "parse", "run_job"]
 
@@ -45,7 +45,24 @@ def _one_sentence(message: str, known: list[str]) -> str:
     unknown = re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", text)
     if unknown:
         return _unknown_key(f"{unknown[1]}.{unknown[2]}", known)
-    return re.sub(r"^Parser key \"([^\"]+)\": ", r"\1: ", text)
+    unknown = re.search(r"Option '([\w.]+)' is not accepted", text)
+    if unknown:
+        return _unknown_key(unknown[1], known)
+    text = re.sub(r"^Parser key \"([^\"]+)\": ", r"\1: ", text)
+    wrong = re.fullmatch(r"([\w.]+): Expected a (.*)\. Got value: (.*)", text)
+    if wrong:
+        return f"{wrong[1]}: found {wrong[3]}, expected {_kind(wrong[2])}"
+    return text
+
+
+def _kind(type_name: str) -> str:
+    """What a value of a type looks like, for a person."""
+    choices = re.fullmatch(r"(?:typing\.)?Literal\[(.*)\]", type_name)
+    if choices:
+        return "one of " + choices[1].replace("'", "")
+    plain = re.fullmatch(r"<class '(\w+)'>", type_name)
+    words = {"int": "a whole number", "float": "a number", "bool": "true or false", "tuple": "a list such as [a, b]"}
+    return words.get(plain[1] if plain else type_name, type_name)
 
 
 def _unknown_key(key: str, known: list[str]) -> str:
@@ -58,7 +75,7 @@ def parse(
     description: str, extra: Callable[[Any], None] | None = None, argv: list[str] | None = None
 ) -> tuple[Config, argparse.Namespace]:
     """Parse a command line into the run's config and the job's own flags; exits with 2 on what cannot be used."""
-    parser = _Parser(description=description, default_env=False)
+    parser = _Parser(description=description, default_env=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file of a run; later flags override it")
     parser.add_argument("--json", type=str | None, default=None, help="also write the result to this file")
     if extra is not None:
@@ -66,6 +83,9 @@ def parse(
     for section in Config.__dataclass_fields__.values():
         parser.add_class_arguments(section.type, section.name, help=(section.type.__doc__ or "").strip())
     parsed = parser.parse_args(argv)
+    for name in Config.__dataclass_fields__:
+        if not isinstance(parsed[name], jsonargparse.Namespace):
+            raise ConfigError(f"{name}: found {parsed[name]!r}, expected keys and values, such as in --print_config")
     built = parser.instantiate_classes(parsed)
     config = Config(**{name: getattr(built, name) for name in Config.__dataclass_fields__})
     return config, argparse.Namespace(**vars(parsed))
@@ -86,9 +106,17 @@ def run_job(
         log.debug("traceback", exc_info=True)
         log.exception("failed: %s", error)
         sys.exit(1)
+    _leave_ray()
     line = json.dumps(result, allow_nan=False)
     if args.json:
         Path(args.json).write_text(line + "\n")
     sys.stderr.flush()
     print(line, flush=True)
     sys.exit(0)
+
+
+def _leave_ray() -> None:
+    """Disconnect, so that no worker's output comes after the result."""
+    ray = sys.modules.get("ray")
+    if ray is not None:
+        ray.shutdown()

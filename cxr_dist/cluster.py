@@ -3,37 +3,54 @@
 import logging
 import math
 import os
+import warnings
 from typing import Any
 
 import ray
+from ray.util.annotations import RayDeprecationWarning
 
+from cxr_dist.errors import InputError
 from cxr_dist.tracking import CLIENT_ENVIRONMENT
 
 __all__ = ["connect", "free_cpus"]
 
 log = logging.getLogger(__name__)
 
-QUIET = {"RAY_TRAIN_ENABLE_PRINT_PATCH": "0", "RAY_DATA_DISABLE_PROGRESS_BARS": "1"}
+ENVIRONMENT = {**CLIENT_ENVIRONMENT, "RAY_TRAIN_ENABLE_PRINT_PATCH": "0", "RAY_DATA_DISABLE_PROGRESS_BARS": "1"}
+"""What driver and workers run with: short MLflow retries, each line printed once, logs without progress bars."""
 
 
 def connect(num_cpus_needed: float = 0) -> None:
-    """Join the cluster of RAY_ADDRESS or `ray job submit`; else start a local one with at least so many logical CPUs.
+    """Join the cluster of RAY_ADDRESS, of `ray job submit`, or that runs on this machine; else start a local one.
 
-    A local cluster of a small machine may promise more logical CPUs than there are cores: a rank that shares a core
-    is slow, a stream without a CPU stands still. Does nothing where Ray is already up.
+    A local cluster has at least `num_cpus_needed` logical CPUs, even of a machine with fewer cores: a rank that shares
+    a core is slow, a stream without a CPU stands still. RAY_ADDRESS=local always starts one of its own. Does nothing
+    where Ray is already up.
     """
-    for name, value in {**CLIENT_ENVIRONMENT, **QUIET}.items():
+    for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    warnings.simplefilter("ignore", RayDeprecationWarning)
     if ray.is_initialized():
         return
-    options: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": True}
     # only what is set here travels; the cluster's own credentials stay its own
-    options["runtime_env"] = {"env_vars": {**CLIENT_ENVIRONMENT, **QUIET}}
-    if "RAY_ADDRESS" not in os.environ:
-        cores = os.cpu_count() or 1
-        options |= {"num_cpus": max(cores, math.ceil(num_cpus_needed)), "include_dashboard": False}
-        log.info("starting a local Ray with %d logical CPUs on %d cores", options["num_cpus"], cores)
-    ray.init(**options)
+    options: dict[str, Any] = {"logging_level": logging.WARNING, "runtime_env": {"env_vars": ENVIRONMENT}}
+    address = os.environ.get("RAY_ADDRESS", "auto")
+    if address != "local":
+        try:
+            ray.init(address=address, **options)
+        except ConnectionError as error:
+            if address != "auto":
+                raise InputError(
+                    f"RAY_ADDRESS: no Ray cluster answers at {address} ({error}); start it, or set RAY_ADDRESS=local"
+                ) from None
+        else:
+            return
+    cores = os.cpu_count() or 1
+    num_cpus = max(cores, math.ceil(num_cpus_needed))
+    log.info("starting a local Ray with %d logical CPUs on %d cores", num_cpus, cores)
+    # with the dashboard, for Ray Train watches its own controller through it
+    ray.init(address="local", num_cpus=num_cpus, include_dashboard=True, **options)
 
 
 def free_cpus(held: float) -> int:

@@ -16,11 +16,8 @@ import logging
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-
 from cxr_dist import storage
 from cxr_dist.errors import InputError, RunError
-from cxr_dist.model.weights import read_tensors
 
 __all__ = ["FORMAT", "Checkpoints", "Entry", "load_checkpoint", "run_folder"]
 
@@ -73,6 +70,8 @@ class Checkpoints:
 
     def save(self, state: dict[str, Any], *, index: int, epoch: int, score: float | None, finished: bool) -> Entry:
         """Store a state and make it count; keep the best, the last and the one before it."""
+        import torch  # here, since the processes that only look for the latest position must start quickly
+
         buffer = io.BytesIO()
         torch.save({"format": FORMAT, **state}, buffer)
         data = buffer.getvalue()
@@ -98,7 +97,13 @@ class Checkpoints:
         return entry
 
     def load(self, entry: Entry) -> dict[str, Any]:
-        """The state of a checkpoint, its bytes checked; RunError if they are not what was saved."""
+        """The state of a checkpoint; RunError if its bytes are not those that were saved."""
+        from cxr_dist.model.weights import read_tensors
+
+        return read_tensors(self.read(entry), self.uri(entry))
+
+    def read(self, entry: Entry) -> bytes:
+        """The bytes of a checkpoint, checked; RunError if they are not those that were saved."""
         uri = self.uri(entry)
         try:
             data = storage.read_bytes(uri)
@@ -106,14 +111,14 @@ class Checkpoints:
             raise RunError(f"{storage.shown(uri)}: not found, expected {entry.bytes} bytes") from None
         if hashlib.sha256(data).hexdigest() != entry.sha256:
             raise RunError(f"{storage.shown(uri)}: found other bytes than were saved, expected SHA-256 {entry.sha256}")
-        return read_tensors(data, uri)
+        return data
 
     def latest_whole(self) -> Entry | None:
         """The newest checkpoint whose bytes are what was saved; a damaged one is named and passed over."""
         for entry in reversed(self.entries()):
             try:
-                self.load(entry)
-            except (RunError, InputError) as error:
+                self.read(entry)
+            except RunError as error:
                 log.warning("checkpoint passed over: %s", error)
             else:
                 return entry

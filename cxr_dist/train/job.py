@@ -1,10 +1,12 @@
 """What a training rank needs to know, as one picklable value made by the driver."""
 
+import uuid
 from dataclasses import dataclass
 
 from cxr_dist.config import Config
 from cxr_dist.data.decode import RowSource, StreamSpec
 from cxr_dist.data.plan import Plan
+from cxr_dist.train.checkpoint import Checkpoints
 
 __all__ = ["TrainJob"]
 
@@ -33,7 +35,14 @@ class TrainJob:
     run_id: str
     use_gpu: bool
 
-    def stream_spec(self, world_size: int, start: int, token: str) -> StreamSpec:
+    def remaining(self, world_size: int) -> StreamSpec:
+        """The stream of the steps after the latest whole checkpoint."""
+        latest = Checkpoints(self.folder).latest_whole()
+        if latest is None:
+            return self.stream_spec(world_size, 0)
+        return self.stream_spec(world_size, self.plan.num_steps if latest.finished else latest.index)
+
+    def stream_spec(self, world_size: int, start: int) -> StreamSpec:
         """The stream of the run's steps from `start` on."""
         images = self.config.data.task_images
         if not images:
@@ -51,5 +60,5 @@ class TrainJob:
             findings=self.columns,
             views=self.config.train.views,
             augment=self.config.train.augment,
-            token=token,
+            token=uuid.uuid4().hex,
         )

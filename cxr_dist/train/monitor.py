@@ -38,6 +38,7 @@ class Monitor:
         self.logged_wait_s = 0.0
 
     def __enter__(self) -> Self:
+        logging.getLogger("mlflow").setLevel(logging.WARNING)
         context = ray.train.get_context()
         if self.ranks.rank == 0:
             folder = Path(tempfile.gettempdir()) / f"cxr-dist-{self.job.run_id}"

@@ -12,14 +12,14 @@ import numpy as np
 import ray
 import torch
 import yaml
-from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.base_trainer import TrainingFailedError
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from cxr_dist import cluster, preflight, storage
 from cxr_dist.capacity import wants_gpu
 from cxr_dist.config import Config, flatten
-from cxr_dist.data.decode import Journal, RowDecoder, StreamSpec, fixed_rows
+from cxr_dist.data.decode import Journal, RowDecoder, fixed_rows
 from cxr_dist.data.manifest import Manifest
 from cxr_dist.data.nih import FINDINGS
 from cxr_dist.data.plan import Plan, Split
@@ -176,12 +176,6 @@ def fit(job: TrainJob, *, num_decoders: int) -> dict[str, Any]:
     """Train on the ranks; rank 0's result. RunError if the run failed."""
     config = job.config.train
     attempt = uuid.uuid4().hex[:8]
-
-    def make_spec(world_size: int) -> StreamSpec:
-        latest = Checkpoints(job.folder).latest_whole()
-        start = 0 if latest is None else job.plan.num_steps if latest.finished else latest.index
-        return job.stream_spec(world_size, start, token="")
-
     trainer = TorchTrainer(
         train_rank,
         train_loop_config={"job": job},
@@ -195,9 +189,10 @@ def fit(job: TrainJob, *, num_decoders: int) -> dict[str, Any]:
             name=attempt,
             storage_path=storage.join(job.folder, "ray"),
             failure_config=FailureConfig(max_failures=config.max_failures),
+            logging_config=LoggingConfig(log_level="WARNING"),
         ),
         datasets={"run": lambda: None},
-        dataset_config=PlanDataConfig(make_spec, num_decoders),
+        dataset_config=PlanDataConfig(job.remaining, num_decoders),
     )
     try:
         result = trainer.fit().return_value
@@ -261,14 +256,14 @@ def evaluate(tracked: TrackedRun, job: TrainJob, trained: dict[str, Any], corrup
         judged = score_split(job.config, checkpoint, "test", use_gpu=job.use_gpu, max_images=limit)
         scores.write(judged, storage.join(job.folder, "scores/test.parquet"))
         outcome["n_scored"]["test"] = len(judged)
-    folder = Path(local_folder(job.config.run.name), "report")
+    folder = Path(local_folder(job.config.run.name))
     found = report.write_report(
         folder,
         judged,
         validation,
         bootstrap=job.config.evaluate.bootstrap,
         seed=job.config.evaluate.bootstrap_seed,
-        title=f"{job.config.run.name}: {judged.split}",
+        title=job.config.run.name,
     )
     print(report.table(found))
     if corrupt:
@@ -285,7 +280,7 @@ def evaluate(tracked: TrackedRun, job: TrainJob, trained: dict[str, Any], corrup
 
 
 def local_folder(run_name: str) -> str:
-    """Where the driver keeps the report and unsent metrics of a run: outputs/RUN in its working directory."""
-    folder = Path("outputs", run_name).absolute()
+    """Where the driver keeps the report and unsent metrics of a run: outputs/reports/RUN in its working directory."""
+    folder = Path("outputs", "reports", run_name).absolute()
     folder.mkdir(parents=True, exist_ok=True)
     return str(folder)

@@ -1,0 +1,42 @@
+# Everything a newcomer needs: `make demo`, `make test`. Only python3 (3.11 or newer) and make are assumed.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+export RAY_DISABLE_IMPORT_WARNING := 1
+
+.PHONY: help install demo test check format lock clean
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+
+install: $(STAMP)  ## the virtual environment with everything that was tested (quick when up to date)
+
+$(STAMP): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "python3 is older than 3.11; set PYTHON=" >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@
+
+demo: install  ## a whole run in a few minutes: synthetic release, ingest, two DDP workers, report, MLflow
+	$(BIN)/python jobs/demo.py
+
+test: install check  ## lint, types, and every test
+	$(BIN)/python -m pytest
+
+check: install  ## lint and types only
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: install  ## format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+lock: install  ## pin what is installed now
+	{ echo "# What was tested, pinned; written by make lock."; $(BIN)/python -m pip freeze --exclude-editable; } > requirements.lock
+
+clean:  ## remove what make made
+	rm -rf $(VENV) outputs demo-out .stack
