@@ -1,0 +1,253 @@
+"""Score tables: one row per scored image, the only thing that metrics, thresholds, figures and reports are made of.
+
+A table written here is Parquet with the columns image_id, patient_id, split and, per finding, logit_<finding> (where
+the model gave logits), prob_<finding> and label_<finding>. `read` gives it back exactly; `read_external` takes the
+probabilities of any model, as Parquet or CSV, and joins the labels by image id.
+"""
+
+import difflib
+import gzip
+import io
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from cxr_dist import storage
+from cxr_dist.data import nih
+from cxr_dist.errors import DataError
+
+__all__ = ["FORMAT", "ScoreTable", "read", "read_external", "write"]
+
+FORMAT = "cxr-dist/scores/1"
+_PREFIX = "prob_"
+_ID_COLUMNS = ("image_id", "Image Index")
+_NOT_SCORES = {*_ID_COLUMNS, "patient_id", "Patient ID", "split", "No Finding"}
+
+
+@dataclass(frozen=True)
+class ScoreTable:
+    """What a model said about N images and K findings, with the truth beside it; every row is a readable image.
+
+    Rows are unique by image id, in any order: nothing downstream depends on it. Raises DataError if a shape, a
+    probability or an id is not what it should be.
+    """
+
+    image_ids: NDArray[np.str_]
+    """File names of the images, [N]."""
+    patient_ids: NDArray[np.int64]
+    """Patient of each image, [N]: what intervals resample."""
+    split: str
+    """train, validation or test."""
+    findings: tuple[str, ...]
+    """Names of the K findings, in the order of the columns."""
+    probabilities_NK: NDArray[np.float64]
+    """Probability of each finding, 0 to 1."""
+    logits_NK: NDArray[np.float32] | None
+    """Logits as the network gave them; None for a table that came with probabilities only."""
+    labels_NK: NDArray[np.bool_]
+    """True where the finding is labelled present."""
+
+    def __post_init__(self) -> None:
+        shape = (len(self.image_ids), len(self.findings))
+        arrays = {"probabilities": self.probabilities_NK, "labels": self.labels_NK, "logits": self.logits_NK}
+        for name, array in arrays.items():
+            if array is not None and array.shape != shape:
+                raise DataError(f"score table: {name} are {array.shape}, expected {shape} (images, findings)")
+        if self.patient_ids.shape != shape[:1]:
+            raise DataError(f"score table: {len(self.patient_ids)} patient ids for {shape[0]} image ids")
+        _check_unique(self.image_ids, "score table")
+        _check_probabilities(self.probabilities_NK, self.findings, self.image_ids, "score table")
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    def select(self, keep_N: NDArray[np.bool_]) -> "ScoreTable":
+        """The rows where `keep_N` is True."""
+        return replace(
+            self,
+            image_ids=self.image_ids[keep_N],
+            patient_ids=self.patient_ids[keep_N],
+            probabilities_NK=self.probabilities_NK[keep_N],
+            logits_NK=None if self.logits_NK is None else self.logits_NK[keep_N],
+            labels_NK=self.labels_NK[keep_N],
+        )
+
+
+def write(table: ScoreTable, uri_or_path: str | Path) -> None:
+    """Write a table as one Parquet file, whole or not at all."""
+    columns: dict[str, Any] = {
+        "image_id": pa.array(table.image_ids.tolist(), pa.string()),
+        "patient_id": pa.array(table.patient_ids, pa.int64()),
+        "split": pa.array([table.split] * len(table), pa.string()),
+    }
+    for k, finding in enumerate(table.findings):
+        if table.logits_NK is not None:
+            columns[f"logit_{finding}"] = pa.array(table.logits_NK[:, k], pa.float32())
+        columns[f"{_PREFIX}{finding}"] = pa.array(table.probabilities_NK[:, k], pa.float64())
+        columns[f"label_{finding}"] = pa.array(table.labels_NK[:, k], pa.bool_())
+    metadata = {"format": FORMAT, "split": table.split}
+    buffer = io.BytesIO()
+    pq.write_table(pa.table(columns).replace_schema_metadata(metadata), buffer)
+    storage.put_atomic(str(uri_or_path), buffer.getvalue())
+
+
+def read(path: str | Path) -> ScoreTable:
+    """Read a table that `write` wrote, exactly; raises DataError for any other file."""
+    data = _read_bytes(path)
+    metadata = _metadata(data)
+    found = metadata.get("format", "no format mark")
+    if found != FORMAT:
+        raise DataError(
+            f"{path}: found {found}, expected {FORMAT}; the scores of another program need the label CSV to be joined "
+            "with (data.labels)"
+        )
+    table = pq.read_table(io.BytesIO(data))
+    findings = tuple(name.removeprefix(_PREFIX) for name in table.column_names if name.startswith(_PREFIX))
+    has_logits = bool(findings) and f"logit_{findings[0]}" in table.column_names
+
+    def stack(prefix: str, dtype: Any) -> NDArray[Any]:
+        out = np.empty((table.num_rows, len(findings)), dtype)
+        for k, finding in enumerate(findings):
+            out[:, k] = table[prefix + finding].to_numpy()
+        return out
+
+    return ScoreTable(
+        image_ids=np.array(table["image_id"].to_pylist(), dtype=np.str_),
+        patient_ids=table["patient_id"].to_numpy(),
+        split=metadata["split"],
+        findings=findings,
+        probabilities_NK=stack(_PREFIX, np.float64),
+        logits_NK=stack("logit_", np.float32) if has_logits else None,
+        labels_NK=stack("label_", np.bool_),
+    )
+
+
+def read_external(path: str | Path, labels: pa.Table, findings: tuple[str, ...], *, split: str = "test") -> ScoreTable:
+    """Read any model's probabilities and join the labels by image id.
+
+    The file is Parquet or CSV (plain or .gz), told apart by content, with a column `image_id` or `Image Index` and one
+    column of probabilities per finding, named <finding> or prob_<finding>; where any column has the prefix, only those
+    with it are scores. Columns come in any order; findings that are absent are left out, at least one must be there.
+
+    `labels` is the table of `nih.read_labels`. `split` says what the images are; a table that `write` wrote knows it
+    itself. Raises DataError naming the column, row or image for anything that cannot be scored.
+    """
+    data = _read_bytes(path)
+    frame = _read_frame(data, str(path))
+    id_column = next((name for name in _ID_COLUMNS if name in frame.columns), None)
+    if id_column is None:
+        raise DataError(f"{path}: no column image_id or 'Image Index' among {', '.join(map(str, frame.columns[:8]))}")
+    columns = _score_columns(frame, findings, str(path))
+    present = tuple(finding for finding in findings if finding in columns)
+
+    image_ids = frame[id_column].astype(str).to_numpy(dtype=np.str_)
+    _check_unique(image_ids, str(path))
+    probabilities = np.empty((len(frame), len(present)))
+    for k, finding in enumerate(present):
+        probabilities[:, k] = _numbers(frame[columns[finding]], image_ids, str(path))
+    _check_probabilities(probabilities, tuple(columns[f] for f in present), image_ids, str(path))
+
+    rows = pd.Index(labels["image_id"].to_pylist()).get_indexer(pd.Index(image_ids.tolist()))
+    missing = image_ids[rows < 0]
+    if len(missing):
+        raise DataError(
+            f"{path}: {len(missing)} of {len(image_ids)} image ids have no label, first {', '.join(missing[:3])}; "
+            "expected the file names of the label CSV, such as 00000001_000.png"
+        )
+    return ScoreTable(
+        image_ids=image_ids,
+        patient_ids=labels["patient_id"].to_numpy().astype(np.int64)[rows],
+        split=_metadata(data).get("split", split),
+        findings=present,
+        probabilities_NK=probabilities,
+        logits_NK=None,
+        labels_NK=nih.findings_matrix(labels)[rows][:, [nih.FINDINGS.index(finding) for finding in present]],
+    )
+
+
+def _read_bytes(path: str | Path) -> bytes:
+    try:
+        return storage.read_bytes(str(path))
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file, expected a table of scores") from None
+
+
+def _metadata(data: bytes) -> dict[str, str]:
+    """What `write` noted in the schema; empty for any other file."""
+    if data[:4] != b"PAR1":
+        return {}
+    try:
+        found = pq.read_schema(io.BytesIO(data)).metadata or {}
+    except pa.ArrowException:
+        return {}
+    metadata = {key.decode(): value.decode() for key, value in found.items() if key in (b"format", b"split")}
+    return metadata if metadata.get("format", "").startswith("cxr-dist/") else {}
+
+
+def _read_frame(data: bytes, name: str) -> pd.DataFrame:
+    try:
+        if data[:4] == b"PAR1":
+            return pq.read_table(io.BytesIO(data)).to_pandas()
+        text = gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
+        ids: dict[Any, Any] = dict.fromkeys(_ID_COLUMNS, str)
+        return pd.read_csv(io.BytesIO(text), dtype=ids, float_precision="round_trip")
+    except (pa.ArrowException, OSError, EOFError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise DataError(f"{name}: cannot be read as Parquet or CSV ({reason}); expected a table of scores") from error
+
+
+def _score_columns(frame: pd.DataFrame, findings: tuple[str, ...], name: str) -> dict[str, str]:
+    """Finding → its column; NIH findings that are not wanted are ignored, other names are errors."""
+    names = [str(column) for column in frame.columns]
+    prefixed = [column for column in names if column.startswith(_PREFIX)]
+    numeric = {str(column) for column in frame.columns if pd.api.types.is_numeric_dtype(frame[column])}
+    columns: dict[str, str] = {}
+    for column in prefixed or names:
+        finding = column.removeprefix(_PREFIX)
+        if finding in findings:
+            columns[finding] = column
+        elif finding in (*nih.FINDINGS, *_NOT_SCORES) or column.startswith("Unnamed:"):
+            continue
+        elif prefixed or column in numeric:
+            near = difflib.get_close_matches(finding, nih.FINDINGS, n=1, cutoff=0.0)[0]
+            raise DataError(f"{name}: column {column!r} is no finding, the nearest is {near!r}; rename or drop it")
+    if not columns:
+        raise DataError(f"{name}: no column of scores, expected at least one of {', '.join(findings)}")
+    return columns
+
+
+def _numbers(column: pd.Series, image_ids: NDArray[np.str_], name: str) -> NDArray[np.float64]:
+    numbers = pd.to_numeric(column, errors="coerce").to_numpy(dtype=np.float64)
+    bad = np.flatnonzero(np.isnan(numbers))
+    if len(bad):
+        row = int(bad[0])
+        found = "NaN or nothing" if pd.isna(column.iloc[row]) else repr(str(column.iloc[row]))
+        raise DataError(
+            f"{name}: row {row + 1} ({image_ids[row]}), column {column.name}: found {found}, expected a probability "
+            f"({len(bad)} such rows); score the image or leave its row out"
+        )
+    return numbers
+
+
+def _check_probabilities(
+    probabilities_NK: NDArray[np.float64], columns: tuple[str, ...], image_ids: NDArray[np.str_], name: str
+) -> None:
+    bad = ~((probabilities_NK >= 0) & (probabilities_NK <= 1))
+    if bad.any():
+        row, k = (int(index[0]) for index in np.nonzero(bad))
+        value = probabilities_NK[row, k]
+        hint = "expected a number" if np.isnan(value) else "expected 0 to 1; it looks like logits, apply the sigmoid"
+        raise DataError(f"{name}: row {row + 1} ({image_ids[row]}), column {columns[k]}: found {value:g}, {hint}")
+
+
+def _check_unique(image_ids: NDArray[np.str_], name: str) -> None:
+    values, counts = np.unique(image_ids, return_counts=True)
+    if (counts > 1).any():
+        first = values[counts > 1][0]
+        raise DataError(f"{name}: image id {first} is there {counts.max()} times; expected every image once")

@@ -1,0 +1,105 @@
+"""Judge a model: scores in, report out (AUROC with intervals, thresholds from validation, figures, tables).
+
+python jobs/evaluate.py --checkpoint s3://bucket/runs/NAME/best --config jobs/configs/nih8.yaml
+python jobs/evaluate.py --scores preds.csv --data.labels Data_Entry_2017_v2020.csv.gz
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from cxr_dist import storage
+from cxr_dist.cli import run_job
+from cxr_dist.config import Config
+from cxr_dist.data import nih
+from cxr_dist.errors import ConfigError, DataError
+from cxr_dist.evaluate.report import table, write_report
+from cxr_dist.evaluate.scores import ScoreTable, read, read_external
+
+
+def add_flags(parser: Any) -> None:
+    """The job's own flags."""
+    optional = str | None
+    parser.add_argument("--scores", type=optional, help="score table to judge, Parquet or CSV (.gz), of any model")
+    parser.add_argument("--validation_scores", type=optional, help="score table that thresholds are chosen on")
+    parser.add_argument("--checkpoint", type=optional, help="URI of a run's checkpoint to score and judge")
+    parser.add_argument("--split", type=Literal["validation", "test"], default="test", help="images that are judged")
+    parser.add_argument("--out", type=str, default="outputs/evaluate", help="directory of the report")
+
+
+def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
+    """Score or read, report, and return the report's numbers."""
+    if bool(args.scores) == bool(args.checkpoint):
+        raise ConfigError("evaluate: found neither or both of --scores and --checkpoint, expected one of them")
+    if args.checkpoint and args.validation_scores:
+        raise ConfigError("evaluate: --validation_scores goes with --scores; a checkpoint scores validation itself")
+    dropped = 0
+    labels: dict[str, str] = {}
+    validation: ScoreTable | None = None
+    if args.checkpoint:
+        scores, validation = _score(config, args.checkpoint, args.split)
+        title = "/".join(storage.shown(args.checkpoint).rstrip("/").split("/")[-2:])
+    else:
+        release = _read_labels(config)
+        scores, dropped = _load(config, release, args.scores, args.split)
+        if args.validation_scores:
+            validation, _ = _load(config, release, args.validation_scores, "validation")
+        if release is not None:
+            labels = {key.decode(): value.decode() for key, value in (release.schema.metadata or {}).items()}
+        title = Path(args.scores).name
+    report = write_report(
+        args.out,
+        scores,
+        validation,
+        bootstrap=config.evaluate.bootstrap,
+        seed=config.evaluate.bootstrap_seed,
+        title=title,
+    )
+    print(table(report))
+    if dropped:
+        print(f"left out: {dropped:,} images with a finding outside {config.data.label_set} (its cleaning)")
+    print(f"figures and tables: {args.out}")
+    return {**report, "n_left_out": dropped, "labels": labels, "out": str(args.out)}
+
+
+def _score(config: Config, checkpoint_uri: str, split: str) -> tuple[ScoreTable, ScoreTable]:
+    """The scores of a split by a checkpoint, and those of validation, which thresholds are chosen on."""
+    import ray  # only this branch needs Ray and torch, which take seconds to import
+
+    from cxr_dist import cluster
+    from cxr_dist.capacity import wants_gpu
+    from cxr_dist.evaluate.inference import score_split
+
+    cluster.connect(2)
+    use_gpu = wants_gpu(config, ray.cluster_resources())
+    validation = score_split(config, checkpoint_uri, "validation", use_gpu=use_gpu)
+    if split == "validation":
+        return validation, validation
+    return score_split(config, checkpoint_uri, split, use_gpu=use_gpu), validation
+
+
+def _read_labels(config: Config) -> Any:
+    if not config.data.labels:
+        return None
+    try:
+        return nih.read_labels(storage.read_bytes(config.data.labels), storage.shown(config.data.labels))
+    except FileNotFoundError:
+        raise DataError(f"data.labels: no file at {storage.shown(config.data.labels)}") from None
+
+
+def _load(config: Config, labels: Any, path: str, split: str) -> tuple[ScoreTable, int]:
+    """A score table, cleaned as the label set is, and how many images that left out."""
+    if labels is None:
+        return read(path), 0
+    skipped = config.train.skip_findings
+    findings = tuple(finding for finding in nih.LABEL_SETS[config.data.label_set] if finding not in skipped)
+    scores = read_external(path, labels, findings, split=split)
+    kept = nih.clean(labels, config.data.label_set)["image_id"].to_pylist()
+    keep_N = np.isin(scores.image_ids, np.array(kept, dtype=np.str_))
+    return scores.select(keep_N), int((~keep_N).sum())
+
+
+if __name__ == "__main__":
+    run_job(main, description=__doc__ or "", extra=add_flags)
