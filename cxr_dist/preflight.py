@@ -1,0 +1,226 @@
+"""Everything that can be known to fail before a GPU is held, each as one check that raises one sentence."""
+
+import difflib
+import os
+import threading
+import urllib.error
+import urllib.request
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import sqlalchemy
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+
+from cxr_dist import storage
+from cxr_dist.capacity import check_batches, check_resources, wants_gpu
+from cxr_dist.config import Config, flatten
+from cxr_dist.data.manifest import MANIFEST, Manifest
+from cxr_dist.errors import ConfigError, DataError, InputError
+from cxr_dist.scrub import has_secret, scrub
+from cxr_dist.tracking import absolute_uri
+
+__all__ = [
+    "check_batches",
+    "check_dataset",
+    "check_positives",
+    "check_resources",
+    "check_secrets",
+    "check_storage",
+    "check_tracking",
+    "check_weights",
+    "run",
+    "wants_gpu",
+]
+
+T = TypeVar("T")
+
+ANSWER_S = 5.0
+"""Longest wait for the first answer of a tracking server, seconds."""
+DEADLINE_S = 20.0
+"""Longest wait for a tracking server to look up the experiment, or a database to log in, seconds."""
+
+
+def run(config: Config, cluster: Mapping[str, float], nodes: Sequence[Mapping[str, Any]] = ()) -> Manifest:
+    """Every check, cheapest first; gives the dataset's manifest. Raises InputError (ConfigError, DataError).
+
+    `cluster` is `ray.cluster_resources()` and `nodes` is `ray.nodes()`, or what an autoscaler may grow them to.
+    """
+    check_secrets(config)
+    check_resources(config, cluster, nodes)
+    check_tracking(config)
+    check_storage(config)
+    check_weights(config)
+    manifest = check_dataset(config)
+    check_positives(manifest, config)
+    check_batches(config, manifest.row_group)
+    return manifest
+
+
+def check_secrets(config: Config) -> None:
+    """No config value holds a credential: the config is logged, kept in checkpoints and pickled to workers."""
+    for key, value in flatten(config).items():
+        if isinstance(value, str) and has_secret(value):
+            raise ConfigError(
+                f"{key}: found a credential in {scrub(value)}, expected none; give it in the environment "
+                "(AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, "
+                "PGPASSWORD) or by the machine's role"
+            )
+
+
+def check_tracking(config: Config) -> None:
+    """The tracking store can be reached and written: a SQLite file, an MLflow server, or a database."""
+    uri = config.tracking.uri
+    if uri.startswith("sqlite:"):
+        _check_sqlite(absolute_uri(uri))
+    elif uri.startswith(("http://", "https://")):
+        _check_server(uri.rstrip("/"), config.tracking.experiment)
+    else:
+        _check_database(uri)
+
+
+def check_storage(config: Config) -> None:
+    """`train.storage_path` takes an object and lets it be removed again."""
+    uri = config.train.storage_path
+    if not uri:
+        raise ConfigError("train.storage_path: found nothing, expected the URI under which checkpoints are kept")
+    marker = storage.join(uri, f".preflight-{uuid.uuid4().hex}")
+    try:
+        storage.put_atomic(marker, b"written by preflight, may be removed")
+        storage.delete(marker)
+    except OSError as error:
+        raise InputError(
+            f"train.storage_path: {storage.shown(uri)} cannot be written ({error.strerror or error}); "
+            "give the user of this process the right to write there, or give another path"
+        ) from None
+
+
+def check_weights(config: Config) -> None:
+    """`model.weights` names known weights or something that exists; what is in it, the model's loader checks."""
+    weights = config.model.weights
+    if weights in ("imagenet", "random"):
+        return
+    if not storage.exists(weights):
+        near = difflib.get_close_matches(weights, ("imagenet", "random"), n=1)
+        hint = f"did you mean {near[0]}?" if near else "give imagenet, random, or the URI of a state dict"
+        raise ConfigError(f"model.weights: found nothing at {storage.shown(weights)}; {hint}")
+
+
+def check_dataset(config: Config) -> Manifest:
+    """The manifest at `data.uri`, if it can be read and is the dataset that the config describes."""
+    uri = config.data.uri
+    if not uri:
+        raise ConfigError("data.uri: found nothing, expected the URI that jobs/ingest.py wrote the dataset to")
+    if not storage.exists(storage.join(uri, MANIFEST)):
+        found = storage.list_files(uri, recursive=False)
+        if not found and not storage.exists(uri):
+            raise DataError(
+                f"data.uri: found nothing under {storage.shown(uri)}; run jobs/ingest.py with this data.uri first, "
+                "or correct the prefix"
+            )
+    manifest = Manifest.load(uri)
+    for name in ("label_set", "size", "encoding"):
+        wanted, there = getattr(config.data, name), getattr(manifest, name)
+        if wanted != there:
+            raise ConfigError(
+                f"data.{name}: found {wanted!r}, but the dataset at {storage.shown(uri)} was ingested with {there!r}; "
+                f"set data.{name} to {there!r}, or ingest again to another data.uri"
+            )
+    for split in ("train", "validation"):
+        if split not in manifest.splits or manifest.splits[split].num_rows == 0:
+            raise DataError(
+                f"{storage.shown(uri)}: found no images in the {split} split, expected some; "
+                "ingest a larger part of the release or another data.validation_fraction"
+            )
+    return manifest
+
+
+def check_positives(manifest: Manifest, config: Config) -> None:
+    """Every finding that is trained has positives and negatives in the train split."""
+    skipped = config.train.skip_findings
+    for name in skipped:
+        if name not in manifest.findings:
+            near = difflib.get_close_matches(name, manifest.findings, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"the findings are {', '.join(manifest.findings)}"
+            raise ConfigError(f"train.skip_findings: found {name!r}, which the dataset has not; {hint}")
+    if set(manifest.findings) <= set(skipped):
+        raise ConfigError("train.skip_findings: found every finding of the dataset, expected one left to train")
+    train = manifest.splits["train"]
+    for name in manifest.findings:
+        positives = train.positives.get(name, 0)
+        if name not in skipped and positives in (0, train.num_rows):
+            kind = "positives" if positives == 0 else "negatives"
+            raise DataError(
+                f"{name}: found no {kind} among the {train.num_rows} images of the train split, expected at least one; "
+                f"add {name} to train.skip_findings or ingest more images"
+            )
+
+
+def _check_sqlite(uri: str) -> None:
+    path = Path(uri.removeprefix("sqlite:///"))
+    if path.is_dir() or not path.parent.is_dir():
+        found = "a folder" if path.is_dir() else f"no folder {path.parent}"
+        raise ConfigError(
+            f"tracking.uri: found {found}, expected a SQLite file {path}; make its folder or give another"
+        )
+    for needed in (path.parent, path):
+        if needed.exists() and not os.access(needed, os.W_OK):
+            raise InputError(
+                f"tracking.uri: {needed} may not be written by this user; give the right to write it or another path"
+            )
+
+
+def _check_server(uri: str, experiment: str) -> None:
+    mend = "start it (mlflow server) or correct tracking.uri"
+    try:
+        urllib.request.urlopen(f"{uri}/health", timeout=ANSWER_S).close()  # noqa: S310 - the scheme is http or https
+    except urllib.error.HTTPError as error:
+        if error.code >= 500:
+            raise InputError(f"tracking.uri: {uri} answers with HTTP status {error.code}; {mend}") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "reason", error)
+        raise InputError(f"tracking.uri: no MLflow server answers at {uri} ({reason}); {mend}") from None
+    try:
+        _within(DEADLINE_S, lambda: MlflowClient(uri).get_experiment_by_name(experiment))
+    except (MlflowException, TimeoutError) as error:
+        raise InputError(
+            f"tracking.uri: the server at {uri} does not serve MLflow experiments ({_one_line(error)}); check the "
+            "address, MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, and the server's --allowed-hosts"
+        ) from None
+
+
+def _check_database(uri: str) -> None:
+    try:
+        _within(DEADLINE_S, lambda: sqlalchemy.create_engine(uri).connect().close())
+    except (sqlalchemy.exc.SQLAlchemyError, ImportError, TimeoutError) as error:
+        raise InputError(
+            f"tracking.uri: the database {scrub(uri)} cannot be opened ({_one_line(error)}); start it, correct the "
+            "address, or set PGPASSWORD"
+        ) from None
+
+
+def _within(seconds: float, call: Callable[[], T]) -> T:
+    """The call's result or exception; TimeoutError if neither has come by then (the call is left behind)."""
+    outcome: list[Any] = []
+
+    def body() -> None:
+        try:
+            outcome.append((True, call()))
+        except Exception as error:  # noqa: BLE001 - raised again in the caller's thread
+            outcome.append((False, error))
+
+    thread = threading.Thread(target=body, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if not outcome:
+        raise TimeoutError(f"no answer within {seconds:g} s")
+    done, result = outcome[0]
+    if not done:
+        raise result
+    return result
+
+
+def _one_line(error: BaseException) -> str:
+    return scrub(" ".join(str(error).split()))[:300]

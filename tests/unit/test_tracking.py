@@ -1,0 +1,387 @@
+"""The run's life and the metrics journal, on a real SQLite store; servers and signals are in tests/integration."""
+
+import json
+import math
+import os
+import signal
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+
+from cxr_dist.config import Config, RunConfig, TrackingConfig
+from cxr_dist.errors import DataError, InputError
+from cxr_dist.journal import MetricJournal, send_unsent
+from cxr_dist.scrub import has_secret, scrub, scrub_items
+from cxr_dist.tracking import TrackedRun, open_run
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """URI of a SQLite store whose schema exists."""
+    uri = f"sqlite:///{tmp_path_factory.mktemp('store')}/runs.db"
+    MlflowClient(uri).search_experiments()
+    return uri
+
+
+@pytest.fixture
+def client(store: str) -> MlflowClient:
+    return MlflowClient(store)
+
+
+@pytest.fixture
+def run_id(client: MlflowClient) -> str:
+    return client.create_run("0").info.run_id
+
+
+@pytest.fixture
+def dead_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Address that refuses connections: bound, so that nobody else takes it, and never listening."""
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        yield f"http://127.0.0.1:{held.getsockname()[1]}"
+
+
+def _run(store: str, tmp_path: Path, *, run_id: str | None = None, **given_: dict[str, object]) -> TrackedRun:
+    config = Config(tracking=TrackingConfig(uri=store, experiment="life"), run=RunConfig(name="one"))
+    return open_run(
+        config, run_id=run_id, params=given_.get("params", {}), tags=given_.get("tags", {}), storage_dir=str(tmp_path)
+    )
+
+
+def _history(client: MlflowClient, run_id: str, key: str) -> list[tuple[int, float]]:
+    return [(point.step, point.value) for point in client.get_metric_history(run_id, key)]
+
+
+def test_a_block_that_ends_well_is_finished(store: str, client: MlflowClient, tmp_path: Path) -> None:
+    with _run(store, tmp_path) as run:
+        assert client.get_run(run.run_id).info.status == "RUNNING"
+    found = client.get_run(run.run_id)
+    assert (found.info.status, found.info.run_name) == ("FINISHED", "one")
+    assert found.info.end_time is not None
+    assert "failure" not in found.data.tags
+    assert run.missed == []
+
+
+@pytest.mark.parametrize(
+    ("raised", "status", "failure"),
+    [
+        (ValueError("no\nluck"), "FAILED", "no luck"),
+        (ValueError(), "FAILED", "ValueError"),
+        (InputError("bad"), "FAILED", "bad"),
+        (KeyboardInterrupt(), "KILLED", None),
+        (SystemExit(1), "KILLED", None),
+    ],
+)
+def test_an_exception_goes_on_and_becomes_the_status(
+    raised: BaseException, status: str, failure: str | None, store: str, client: MlflowClient, tmp_path: Path
+) -> None:
+    run = _run(store, tmp_path)
+    with pytest.raises(type(raised)) as seen, run:
+        raise raised
+    assert seen.value is raised
+    found = client.get_run(run.run_id)
+    assert found.info.status == status
+    assert found.data.tags.get("failure") == failure
+
+
+def test_sigterm_is_killed_and_the_old_handler_returns(store: str, client: MlflowClient, tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    run = _run(store, tmp_path)
+    with pytest.raises(SystemExit) as stopped, run:
+        signal.raise_signal(signal.SIGTERM)
+    assert stopped.value.code == 143
+    assert client.get_run(run.run_id).info.status == "KILLED"
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_handler_set_while_the_run_is_open_stays(store: str, tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+
+    def of_ray(signum: int, frame: object) -> None:
+        raise SystemExit(signum)
+
+    try:
+        with _run(store, tmp_path):
+            signal.signal(signal.SIGTERM, of_ray)
+        assert signal.getsignal(signal.SIGTERM) is of_ray
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_the_environment_and_mlflows_globals_stay_as_they_were(store: str, tmp_path: Path) -> None:
+    before = dict(os.environ)
+    with _run(store, tmp_path):
+        pass
+    assert dict(os.environ) == before
+
+
+def test_artifacts_lie_beside_the_database(store: str, client: MlflowClient, tmp_path: Path) -> None:
+    report = tmp_path / "report"
+    report.mkdir()
+    (report / "auroc.csv").write_text("finding,auroc\n")
+    with _run(store, tmp_path) as run:
+        run.log_artifacts(report)
+        run.log_artifact(report / "auroc.csv", "copies")
+    root = Path(urlsplit(client.get_run(run.run_id).info.artifact_uri).path)
+    database = Path(store.removeprefix("sqlite:///"))
+    assert root.is_relative_to(database.parent / "runs-artifacts")
+    assert (root / "auroc.csv").read_text() == (root / "copies" / "auroc.csv").read_text() == "finding,auroc\n"
+
+
+def test_a_missing_artifact_is_the_callers_fault(store: str, tmp_path: Path) -> None:
+    with _run(store, tmp_path) as run:
+        with pytest.raises(FileNotFoundError, match=r"none\.png"):
+            run.log_artifact(tmp_path / "none.png")
+        with pytest.raises(FileNotFoundError, match="nowhere"):
+            run.log_artifacts(tmp_path / "nowhere")
+
+
+def test_reopened_run_keeps_params_and_tells_what_changed(store: str, client: MlflowClient, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="stop"), _run(store, tmp_path, params={"train.lr": 0.1, "same": 1}) as first:
+        raise ValueError("stop")
+    with _run(store, tmp_path, run_id=first.run_id, params={"train.lr": 0.2, "same": 1, "new": "x"}) as second:
+        again = client.get_run(second.run_id)
+        assert again.info.status == "RUNNING"
+        assert "failure" not in again.data.tags
+    assert second.run_id == first.run_id
+    found = client.get_run(first.run_id)
+    assert found.data.params == {"train.lr": "0.1", "same": "1", "new": "x"}
+    assert found.data.tags["params_changed"] == "train.lr: 0.1 -> 0.2"
+    assert found.info.status == "FINISHED"
+
+
+def test_more_params_than_a_request_takes_and_longer_than_mlflow_keeps(
+    store: str, client: MlflowClient, tmp_path: Path
+) -> None:
+    with _run(store, tmp_path) as run:
+        run.log_params({f"p{i}": i for i in range(250)} | {"long": "x" * 7000})
+    found = client.get_run(run.run_id).data.params
+    assert len(found) == 251
+    assert found["long"] == "x" * 6000
+    assert run.missed == []
+    with _run(store, tmp_path, run_id=run.run_id, params={"long": "x" * 7000}):
+        pass
+    assert "params_changed" not in client.get_run(run.run_id).data.tags
+
+
+def test_dataset_is_an_input_of_the_run(store: str, client: MlflowClient, tmp_path: Path) -> None:
+    with _run(store, tmp_path) as run:
+        run.log_dataset("nih14", "ab" * 32, "s3://key:hush@bucket/nih", {"train": {"rows": 7}})
+    (given_,) = client.get_run(run.run_id).inputs.dataset_inputs
+    assert given_.dataset.name == "nih14"
+    assert given_.dataset.digest == "ab" * 18
+    assert json.loads(given_.dataset.source) == {"uri": "s3://***@bucket/nih"}
+    assert given_.dataset.source_type == "s3"
+    assert json.loads(given_.dataset.profile) == {"train": {"rows": 7}}
+    assert [(tag.key, tag.value) for tag in given_.tags] == [("mlflow.data.context", "training")]
+    assert run.missed == []
+
+
+def test_driver_metrics_reach_the_run(store: str, client: MlflowClient, tmp_path: Path) -> None:
+    with _run(store, tmp_path) as run:
+        run.log_metrics({"test/auroc": 0.75}, step=3, epoch=1)
+    assert _history(client, run.run_id, "test/auroc") == [(3, 0.75)]
+    assert _history(client, run.run_id, "epoch") == [(3, 1.0)]
+
+
+def test_unknown_run_id_and_dead_server_are_refused(store: str, tmp_path: Path, dead_server: str) -> None:
+    with pytest.raises(InputError, match="0123456789abcdef"), _run(store, tmp_path, run_id="0123456789abcdef"):
+        pass
+    with pytest.raises(InputError, match=dead_server), _run(dead_server, tmp_path):
+        pass
+
+
+def test_deleted_experiment_is_named(store: str, client: MlflowClient, tmp_path: Path) -> None:
+    client.delete_experiment(client.create_experiment("gone"))
+    config = Config(tracking=TrackingConfig(uri=store, experiment="gone"))
+    with (
+        pytest.raises(InputError, match="'gone' is deleted"),
+        open_run(config, run_id=None, params={}, tags={}, storage_dir=str(tmp_path)),
+    ):
+        pass
+
+
+def test_a_store_that_fails_does_not_fail_the_job(
+    store: str, client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise MlflowException("server at postgresql://me:hush@db/x is gone")
+
+    with _run(store, tmp_path) as run:
+        monkeypatch.setattr(MlflowClient, "log_batch", refuse)
+        run.log_params({"a": 1})
+        run.set_tags({"b": 2})
+        run.log_metrics({"m": 1.0}, step=1)
+        monkeypatch.setattr(run._journal, "_retry_s", 0.0)
+        run._journal.close(20)  # type: ignore[union-attr]
+        monkeypatch.undo()
+    assert run.missed[:2] == ["params", "tags"]
+    assert run.missed[2].startswith("metrics in ")
+    assert client.get_run(run.run_id).info.status == "FINISHED"
+
+
+def test_journal_logs_each_step_once_across_restarts(
+    client: MlflowClient, store: str, run_id: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "rank0.jsonl"
+    journal = MetricJournal(path, store, run_id)
+    journal.log({"loss": 0.9, "rate": math.nan}, step=1)
+    journal.log({"loss": 0.7}, step=2)
+    assert journal.close(30) == 0
+    with path.open("a") as file:
+        file.write('{"step": 3, "timest')
+    journal = MetricJournal(path, store, run_id)
+    journal.log({"loss": 0.71, "auroc": 0.5}, step=2)
+    journal.log({"loss": 0.6}, step=3)
+    assert journal.close(30) == 0
+    assert [json.loads(line)["metrics"] for line in path.read_text().splitlines()[2:]] == [
+        {"loss": 0.7},
+        {"auroc": 0.5},
+        {"loss": 0.6},
+    ]
+    elsewhere = MetricJournal(tmp_path / "another_node.jsonl", store, run_id)
+    elsewhere.log({"loss": 0.61}, step=3)
+    elsewhere.log({"loss": 0.5}, step=4, epoch=2)
+    assert elsewhere.close(30) == 0
+    assert _history(client, run_id, "loss") == [(1, 0.9), (2, 0.7), (3, 0.6), (4, 0.5)]
+    assert _history(client, run_id, "auroc") == [(2, 0.5)]
+    assert _history(client, run_id, "epoch") == [(4, 2.0)]
+    ((step, rate),) = _history(client, run_id, "rate")
+    assert step == 1
+    assert math.isnan(rate)
+
+
+def test_a_dead_server_neither_raises_nor_loses(
+    client: MlflowClient, store: str, run_id: str, tmp_path: Path, dead_server: str
+) -> None:
+    path = tmp_path / "rank0.jsonl"
+    journal = MetricJournal(path, dead_server, run_id)
+    for step in range(500):
+        journal.log({"loss": 1 / (step + 1), "lr": 0.1}, step=step)
+    assert journal.close(5) == 500
+    assert send_unsent(path, store, run_id) == 1000
+    assert send_unsent(path, store, run_id) == 0
+    assert _history(client, run_id, "loss") == [(step, 1 / (step + 1)) for step in range(500)]
+
+
+def test_a_request_that_was_taken_but_not_answered_is_not_sent_twice(
+    client: MlflowClient, store: str, run_id: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = MlflowClient.log_batch
+    requests = []
+
+    def lose_the_first_answer(self: MlflowClient, *args: object, **kwargs: object) -> None:
+        requests.append(args)
+        whole(self, *args, **kwargs)
+        if len(requests) == 1:
+            raise MlflowException("connection reset")
+
+    monkeypatch.setattr(MlflowClient, "log_batch", lose_the_first_answer)
+    journal = MetricJournal(tmp_path / "rank0.jsonl", store, run_id, retry_s=0.0)
+    journal.log({"loss": 0.9}, step=1)
+    assert journal.close(30) == 0
+    assert len(requests) == 1
+    assert _history(client, run_id, "loss") == [(1, 0.9)]
+
+
+def test_journal_of_another_run_or_format_is_refused(store: str, run_id: str, tmp_path: Path) -> None:
+    path = tmp_path / "rank0.jsonl"
+    MetricJournal(path, store, run_id).close(30)
+    with pytest.raises(DataError, match=f"journal of run {run_id}, expected run other"):
+        MetricJournal(path, store, "other")
+    path.write_text('{"format": "cxr-dist-metrics/9", "run_id": "r"}\n')
+    with pytest.raises(DataError, match="found format 'cxr-dist-metrics/9', expected cxr-dist-metrics/1"):
+        MetricJournal(path, store, "r")
+
+
+def test_journal_refuses_a_name_that_mlflow_would(store: str, run_id: str, tmp_path: Path) -> None:
+    journal = MetricJournal(tmp_path / "rank0.jsonl", store, run_id)
+    with pytest.raises(ValueError, match=r"a\[0\]"):
+        journal.log({"a[0]": 1.0}, step=0)
+    assert journal.close(30) == 0
+
+
+def test_planted_secrets_reach_neither_server_nor_files_nor_log(
+    store: str, client: MlflowClient, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secret = "hu/sh+1"
+    secrets = {"data.uri": f"s3://AKIA:{secret}@bucket/nih", "aws_secret_access_key": secret, "note": f"token={secret}"}
+
+    def refuse(*_: object, **__: object) -> None:
+        raise MlflowException(f"cannot put to s3://AKIA:{secret}@bucket/runs")
+
+    monkeypatch.setattr(MlflowClient, "log_inputs", refuse)
+    with _run(store, tmp_path, params=secrets, tags=secrets) as run:
+        run.log_metrics({"loss": 1.0}, step=0)
+        run.log_dataset("nih", "0", secrets["data.uri"], {})
+        run.finish("FAILED", str(InputError(f"postgresql://me:{secret}@db:5432/x refused; PGPASSWORD={secret}")))
+    data = client.get_run(run.run_id).data
+    assert data.params["data.uri"] == "s3://***@bucket/nih"
+    assert data.tags["failure"] == "postgresql://***@db:5432/x refused; PGPASSWORD=***"
+    journals = [path.read_text() for path in tmp_path.rglob("*.jsonl")]
+    assert len(journals) == 1
+    assert "lacks dataset" in caplog.text
+    assert secret not in json.dumps([data.params, data.tags, journals]) + caplog.text
+
+
+@pytest.mark.parametrize(
+    ("text", "clean"),
+    [
+        ("postgresql://u:p@ss@host:5432/db", "postgresql://***@host:5432/db"),
+        ("https://ghp_abc@host/x", "https://***@host/x"),
+        ("s3://AK:a/b@bucket/x and http://host:5000/y", "s3://***@bucket/x and http://host:5000/y"),
+        ("http://host:5000/#/experiments/1", "http://host:5000/#/experiments/1"),
+        ("models:/cxr@champion by me@example.org", "models:/cxr@champion by me@example.org"),
+        ('{"password": "x y", "aws_secret_access_key": "z"}', '{"password": "*** y", "aws_secret_access_key": "***"}'),
+        ("Authorization: Bearer abc.def", "Authorization: ***"),
+        ("s3://b/x?access_key=AK&secret_key=SK&region=r", "s3://b/x?access_key=***&secret_key=***&region=r"),
+        ("nih8, 0.001", "nih8, 0.001"),
+    ],
+)
+def test_scrub(text: str, clean: str) -> None:
+    assert scrub(text) == clean
+
+
+def test_scrub_items_hides_whole_values_under_secret_names() -> None:
+    assert scrub_items({"s3.password": "a b", "api-key": 7, "token": "", "lr": 0.1}) == {
+        "s3.password": "***",
+        "api-key": "***",
+        "token": "",
+        "lr": "0.1",
+    }
+
+
+@given(
+    st.from_regex(r"[A-Za-z0-9]{1,8}", fullmatch=True),
+    st.text(alphabet="abcXYZ019/@:+=.-_%", min_size=1, max_size=24),
+    st.from_regex(r"[a-z]{1,8}(:[0-9]{1,5})?(/[a-z]{0,8})?", fullmatch=True),
+)
+def test_no_password_survives_in_a_url(user: str, password: str, rest: str) -> None:
+    assert scrub(f"cannot reach postgresql://{user}:{password}@{rest}") == f"cannot reach postgresql://***@{rest}"
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("postgresql://u:p@host/db", True),
+        ("s3://AK:12/b@bucket", True),
+        ("https://u:p@host:5000", True),
+        ("https://ghp_abc@host", True),
+        ("s3://b/x?access_key=AK&secret_key=SK", True),
+        ("postgresql://u@host/db", False),
+        ("http://host:5000/a@b", False),
+        ("http://host:5000", False),
+        ("sqlite:///runs.db", False),
+        ("nih14", False),
+    ],
+)
+def test_has_secret(value: str, expected: bool) -> None:
+    assert has_secret(value) is expected
