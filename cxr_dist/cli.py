@@ -17,7 +17,8 @@ from typing import Any, NoReturn
 import jsonargparse
 
 from cxr_dist.config import Config
-from cxr_dist.errors import ConfigError, InputError
+from cxr_dist.errors import ConfigError, InputError, RunError
+from cxr_dist.scrub import scrub
 
 __all__ = ["Job", "parse", "run_job"]
 
@@ -100,11 +101,13 @@ def run_job(
         config, args = parse(description, extra, argv)
         result = main(config, args)
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {scrub(str(error))}", file=sys.stderr)
         sys.exit(2)
+    except RunError as error:
+        log.error("failed: %s", scrub(str(error)))
+        sys.exit(1)
     except Exception as error:
-        log.debug("traceback", exc_info=True)
-        log.exception("failed: %s", error)
+        log.exception("failed: %s", scrub(str(error)))
         sys.exit(1)
     _leave_ray()
     line = json.dumps(result, allow_nan=False)

@@ -14,4 +14,4 @@ def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run_job(main, description=__doc__)
+    run_job(main, description=__doc__ or "")

@@ -49,6 +49,7 @@ def train_rank(parameters: dict[str, TrainJob]) -> dict[str, Any]:
     job = parameters["job"]
     ranks = Ranks.join(job.config.train.process_group_timeout_s)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("ray").setLevel(logging.WARNING)
     device = ray.train.torch.get_device() if job.use_gpu else torch.device("cpu")
     with Monitor(job, ranks) as monitor:
         trainer = Trainer(
@@ -231,6 +232,11 @@ class Trainer:
         self.check_corrupt()
         parts = self.ranks.gather(self.progress.take_validation())
         validation = Validation.join(parts, self.job)
+        if not math.isfinite(validation.loss):
+            raise RunFaultError(
+                f"validation loss became {validation.loss} after epoch {step.epoch}; lower optimizer.lr (no checkpoint "
+                "of this epoch was kept)"
+            )
         self.schedule.after_epoch(validation.loss)
         ids_of_ranks = self.ranks.gather(self.progress.take_epoch_ids())
         self.progress.end_epoch(ids_of_ranks, validation, patience=self.config.patience)

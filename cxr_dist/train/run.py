@@ -12,8 +12,7 @@ import numpy as np
 import ray
 import torch
 import yaml
-from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-from ray.train.base_trainer import TrainingFailedError
+from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from cxr_dist import cluster, preflight, storage
@@ -91,14 +90,10 @@ def with_defaults(config: Config) -> Config:
     return dataclasses.replace(
         config,
         run=dataclasses.replace(config.run, name=name),
-        data=dataclasses.replace(config.data, uri=absolute(uri) if uri else uri),
-        train=dataclasses.replace(config.train, storage_path=absolute(path)),
+        data=dataclasses.replace(config.data, uri=storage.absolute(uri) if uri else uri),
+        train=dataclasses.replace(config.train, storage_path=storage.absolute(path)),
         tracking=dataclasses.replace(config.tracking, uri=absolute_uri(config.tracking.uri)),
     )
-
-
-def absolute(uri: str) -> str:
-    return str(Path(uri).absolute()) if "://" not in uri else uri
 
 
 def make_job(config: Config, manifest: Manifest, *, use_gpu: bool) -> TrainJob:

@@ -1,0 +1,25 @@
+"""Turn an NIH release into a dataset: Parquet shards and a manifest (`ray job submit -- python jobs/ingest.py …`)."""
+
+import argparse
+from typing import Any
+
+from cxr_dist.cli import run_job
+from cxr_dist.config import Config
+from cxr_dist.data.ingest import ingest, labels_only
+
+
+def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
+    if args.labels_only:
+        return labels_only(config)
+    from cxr_dist.cluster import connect
+
+    connect()
+    return ingest(config)
+
+
+def flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--labels-only", action="store_true", help="clean and audit labels and lists; touch no image")
+
+
+if __name__ == "__main__":
+    run_job(main, description=__doc__ or "", extra=flags)
