@@ -53,6 +53,15 @@ ISOLATED_TIMEOUT_S = 60
 DecodeMany = Callable[[list[bytes], int], Pixels]
 """Encoded images and a size to pixels [images, size, size]; ImageError if any cannot be read."""
 
+DecodeOne = Callable[[bytes, int], Pixels | str]
+"""One encoded image and a size to pixels [size, size], or why it has none."""
+
+ISOLATED_PROGRAM = (
+    "from cxr_dist.data.images import to_grey; "
+    "sys.stdout.buffer.write(to_grey(sys.stdin.buffer.read(), int(sys.argv[1])).tobytes())"
+)
+"""What the child process of `decode_isolated` runs: an image on stdin, its size as argument, pixels on stdout."""
+
 
 class RowSource(Protocol):
     """Whatever gives the rows of row groups: shards, or PNG objects where they lie."""
@@ -109,6 +118,21 @@ def row_schema(size: int, num_findings: int) -> pa.Schema:
     )
 
 
+def decode_isolated(encoded: bytes, size: int, program: str = ISOLATED_PROGRAM) -> Pixels | str:
+    """Decode one suspicious image in a child process; a reason if that process dies, hangs or refuses."""
+    command = [sys.executable, "-c", f"import sys; sys.path[:] = {sys.path!r}; {program}", str(size)]
+    try:
+        child = subprocess.run(command, input=encoded, capture_output=True, timeout=ISOLATED_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        return f"decoder hung for {ISOLATED_TIMEOUT_S} s"
+    if child.returncode < 0:
+        return f"decoder killed by signal {-child.returncode}"
+    if child.returncode or len(child.stdout) != size * size:
+        last = child.stderr.decode(errors="replace").strip().rpartition("\n")[2]
+        return last.removeprefix(f"{images.__name__}.ImageError: ") or f"decoder ended with {child.returncode}"
+    return np.frombuffer(child.stdout, dtype=np.uint8).reshape(size, size)
+
+
 @dataclass(frozen=True, kw_only=True)
 class RowDecoder:
     """From row groups of one split to decoded rows of a fixed shape."""
@@ -120,6 +144,8 @@ class RowDecoder:
     findings: tuple[int, ...]
     """Columns of the stored findings that the run uses, in the run's order."""
     decode: DecodeMany = images.to_grey_many
+    isolated: DecodeOne = decode_isolated
+    """Decodes the suspects of an attempt that died."""
 
     def rows(self, groups: Int64, journal: "Journal", *, seed: int = 0, view: int = 0) -> pa.Table:
         """Rows of the row groups (`row_schema`), len(groups) * row_group of them, padded where a group is not full."""
@@ -164,7 +190,7 @@ class RowDecoder:
             return list(fixed_rows(table["image"], np.uint8))
         encoded = table["image"].to_pylist()
         results: dict[int, Pixels | str] = {
-            row: decode_isolated(encoded[row], self.size)
+            row: self.isolated(encoded[row], self.size)
             for row, image_id in enumerate(ids)
             if image_id in journal.suspects
         }
@@ -185,9 +211,14 @@ class RowDecoder:
 
 
 class Decoder:
-    """A Ray Data actor's callable: {"item": [task number]} to a block of steps_per_task * rank_batch rows."""
+    """A Ray Data actor's callable: {"item": [task number]} to a block of steps_per_task * rank_batch rows.
 
-    def __init__(self, spec: StreamSpec, decode: DecodeMany = images.to_grey_many):
+    Columns: `row_schema`, then the run's first step of this stream (start), the row's step (index) and its rank.
+    """
+
+    def __init__(
+        self, spec: StreamSpec, decode: DecodeMany = images.to_grey_many, isolated: DecodeOne = decode_isolated
+    ):
         self.spec = spec
         self.decoders = {
             kind: RowDecoder(
@@ -197,6 +228,7 @@ class Decoder:
                 encoding=spec.encoding,
                 findings=spec.findings,
                 decode=decode,
+                isolated=isolated,
             )
             for kind, source, split in (
                 ("train", spec.train, spec.plan.train),
@@ -225,27 +257,9 @@ class Decoder:
         else:
             nothing = np.full(plan.groups_per_step // spec.world_size, EMPTY)
             table = self.decoders["train"].rows(nothing, journal)
+        table = table.append_column("start", pa.array(np.full(len(table), spec.start)))
         table = table.append_column("index", pa.array(np.full(len(table), index)))
         return table.append_column("rank", pa.array(np.full(len(table), rank, dtype=np.int32)))
-
-
-def decode_isolated(encoded: bytes, size: int) -> Pixels | str:
-    """Decode one suspicious image in a child process; a reason if that process dies, hangs or refuses."""
-    program = (
-        "import sys; from cxr_dist.data.images import to_grey; "
-        "sys.stdout.buffer.write(to_grey(sys.stdin.buffer.read(), int(sys.argv[1])).tobytes())"
-    )
-    try:
-        child = subprocess.run(
-            [sys.executable, "-c", program, str(size)], input=encoded, capture_output=True, timeout=ISOLATED_TIMEOUT_S
-        )
-    except subprocess.TimeoutExpired:
-        return f"decoder hung for {ISOLATED_TIMEOUT_S} s"
-    if child.returncode < 0:
-        return f"decoder killed by signal {-child.returncode}"
-    if child.returncode or len(child.stdout) != size * size:
-        return f"decoder failed: {child.stderr.decode(errors='replace').strip().splitlines()[-1:]}"
-    return np.frombuffer(child.stdout, dtype=np.uint8).reshape(size, size)
 
 
 class Journal:
@@ -255,13 +269,11 @@ class Journal:
     """
 
     def __init__(self, token: str, number: int):
-        folder = Path(tempfile.gettempdir()) / f"cxr-dist-{token}-{os.getuid()}"
-        folder.mkdir(mode=0o700, exist_ok=True)
-        self.path = folder / f"task-{number}"
+        self.path = Path(tempfile.gettempdir()) / f"cxr-dist-{token}-{number}"
         self.suspects: frozenset[str] = frozenset()
         if self.path.exists():
-            self.suspects = frozenset(self.path.read_text().split())
-        self.file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+            self.suspects = frozenset(self.path.read_text().splitlines())
+        self.file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600)
         self.base = os.fstat(self.file).st_size
 
     def mark(self, image_ids: Sequence[str]) -> None:
@@ -273,7 +285,7 @@ class Journal:
 
     def __exit__(self, *_: object) -> None:
         os.close(self.file)
-        self.path.unlink()
+        self.path.unlink(missing_ok=True)
 
 
 def _findings(table: pa.Table) -> npt.NDArray[np.uint8]:

@@ -7,9 +7,9 @@ one expected is an error.
 """
 
 import time
-import uuid
+import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import ray
 import ray.train
+from ray.util.annotations import RayDeprecationWarning
 
 from cxr_dist.data.decode import CORRUPT, OK, Decoder, StreamSpec, fixed_rows
 from cxr_dist.data.plan import Plan, Step
@@ -51,27 +52,28 @@ def build_splits(
     num_actors: int,
     decoder: Callable[..., Any] = Decoder,
     label_selector: dict[str, str] | None = None,
+    retries: int = TASK_RETRIES,
 ) -> list[Any]:
     """One DataIterator a rank over the run's remaining steps. Needs a running Ray."""
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     tasks = ray.data.from_items(list(range(spec.num_tasks)), override_num_blocks=spec.num_tasks)
-    blocks = tasks.map_batches(
-        decoder,
-        fn_constructor_kwargs={"spec": spec},
-        batch_size=1,
-        compute=ray.data.ActorPoolStrategy(size=num_actors),
-        num_cpus=1,
-        label_selector=label_selector,
-        ray_remote_args_fn=_retries,
-    )
+    with warnings.catch_warnings():
+        # Ray 2.60 calls these two arguments deprecated and has no other name for them
+        warnings.simplefilter("ignore", RayDeprecationWarning)
+        blocks = tasks.map_batches(
+            decoder,
+            fn_constructor_kwargs={"spec": spec},
+            batch_size=1,
+            compute=ray.data.ActorPoolStrategy(size=num_actors),
+            num_cpus=1,
+            label_selector=label_selector,
+            max_restarts=-1,
+            max_task_retries=retries,
+        )
     blocks.context.execution_options = ray.data.ExecutionOptions(preserve_order=True)
     blocks.context.target_max_block_size = None  # a task's output stays one block, however large
     return blocks.streaming_split(spec.world_size, equal=False)
-
-
-def _retries() -> dict[str, int]:
-    return {"max_restarts": -1, "max_task_retries": TASK_RETRIES}
 
 
 class PlanDataConfig(ray.train.DataConfig):
@@ -85,7 +87,7 @@ class PlanDataConfig(ray.train.DataConfig):
     def configure(
         self, datasets: dict, world_size: int, worker_handles: Any, worker_node_ids: Any, **kwargs: Any
     ) -> list[dict]:
-        spec = replace(self.make_spec(world_size), token=uuid.uuid4().hex)
+        spec = self.make_spec(world_size)
         if spec.num_tasks == 0:
             return [{name: EmptyShard() for name in datasets} for _ in range(world_size)]
         splits = build_splits(spec, num_actors=self.num_actors)
@@ -122,6 +124,14 @@ class Stream:
 
     def __iter__(self) -> Iterator[Batch]:
         blocks = iter(self.shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2))
+        try:
+            yield from self._batches(blocks)
+        finally:
+            # left to the garbage collector, an iterator that was not exhausted keeps the pipeline decoding
+            if hasattr(blocks, "close"):
+                blocks.close()
+
+    def _batches(self, blocks: Iterator[pa.Table]) -> Iterator[Batch]:
         share = self.plan.rank_batch(self.world_size)
         expected = None
         while True:
@@ -132,13 +142,14 @@ class Stream:
                 break
             for offset in range(0, len(block), share):
                 rows = block.slice(offset, share)
-                index = rows["index"][0].as_py()
                 if expected is None:
-                    expected = self.start = index
-                if index >= self.plan.num_steps:
+                    expected = self.start = rows["start"][0].as_py()
+                if expected == self.plan.num_steps and rows["index"][0].as_py() >= expected:
                     continue
                 yield self._checked(rows, expected)
                 expected += 1
+        if expected is None and not isinstance(self.shard, EmptyShard):
+            expected = 0
         if expected is not None and expected != self.plan.num_steps:
             raise RunError(
                 f"stream of rank {self.rank} ended before step {expected} of {self.plan.num_steps}; "
@@ -146,18 +157,11 @@ class Stream:
             )
 
     def _checked(self, table: pa.Table, index: int) -> Batch:
+        self._expect("step", table["index"].to_numpy(), np.full(len(table), index), index)
+        self._expect("rank", table["rank"].to_numpy(), np.full(len(table), self.rank), index)
         step = self.plan.step(index)
         rows = self.plan.split_of(step).rows(step.of_rank(self.rank, self.world_size))
-        for name, found, expected in (
-            ("step", table["index"].to_numpy(), np.full(len(rows), index)),
-            ("rank", table["rank"].to_numpy(), np.full(len(rows), self.rank)),
-            ("row", table["row"].to_numpy(), rows),
-        ):
-            if not np.array_equal(found, expected):
-                raise RunError(
-                    f"stream of rank {self.rank} out of order: found {name} {found[:4].tolist()}…, expected "
-                    f"{expected[:4].tolist()}… at step {index}; this is a fault of the stream, please report it"
-                )
+        self._expect("row", table["row"].to_numpy(), rows, index)
         state = table["state"].to_numpy()
         ids = table["image_id"].to_pylist()
         reasons = table["reason"].to_pylist()
@@ -174,3 +178,10 @@ class Stream:
             image_ids=ids,
             corrupt=corrupt,
         )
+
+    def _expect(self, name: str, found: npt.NDArray[Any], expected: npt.NDArray[Any], index: int) -> None:
+        if not np.array_equal(found, expected):
+            raise RunError(
+                f"stream of rank {self.rank} out of order: found {name} {found[:4].tolist()}…, expected "
+                f"{expected[:4].tolist()}… at step {index}; this is a fault of the stream, please report it"
+            )

@@ -122,20 +122,21 @@ class Trainer:
         )
 
     def run(self) -> None:
-        batches = self.resume(iter(self.stream))
-        self.settle_buckets()
-        self.monitor.start(self.progress.index)
-        for batch in batches:
-            if batch.step.kind == "train":
-                self.progress.trained(batch, self.train_step(batch))
-                if (batch.step.number + 1) % self.config.log_every_steps == 0 or self.last_of_kind(batch.step):
-                    self.check_and_log(batch.step)
-            else:
-                self.progress.validated(batch, self.network.score(batch.images_BSS))
-                if self.last_of_kind(batch.step):
-                    self.end_epoch(batch.step)
-                    if self.progress.stopped:
-                        break
+        with contextlib.closing(iter(self.stream)) as delivered:
+            batches = self.resume(delivered)
+            self.settle_buckets()
+            self.monitor.start(self.progress.index)
+            for batch in batches:
+                if batch.step.kind == "train":
+                    self.progress.trained(batch, self.train_step(batch))
+                    if (batch.step.number + 1) % self.config.log_every_steps == 0 or self.last_of_kind(batch.step):
+                        self.check_and_log(batch.step)
+                else:
+                    self.progress.validated(batch, self.network.score(batch.images_BSS))
+                    if self.last_of_kind(batch.step):
+                        self.end_epoch(batch.step)
+                        if self.progress.stopped:
+                            break
 
     def resume(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """Take up the state that belongs to the first batch delivered, or the last one if there is nothing left."""
