@@ -1,0 +1,174 @@
+"""The first pass over tar archives, which cannot be read at random: decode each image once and stage what a shard needs.
+
+One task an archive. Images pile up in memory to a run of `run_bytes`, are sorted by their place in the dataset, and go to
+one staged object; the second pass takes contiguous byte ranges out of the runs. The index of an archive (every image name
+in it, kept or not and why) is written last: an archive with its index is not read again.
+"""
+
+import hashlib
+import io
+import json
+import tarfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cxr_dist import storage
+from cxr_dist.data import images
+from cxr_dist.data.release import different_copies
+from cxr_dist.errors import DataError
+
+MAX_MEMBER_BYTES = 64 << 20
+"""Largest member of an archive that is believed to be a radiograph."""
+
+INDEX_SCHEMA = pa.schema(
+    [
+        ("image_id", pa.string()),
+        ("reason", pa.string()),
+        ("run", pa.string()),
+        ("offset", pa.int64()),
+        ("length", pa.int64()),
+        ("file_bytes", pa.int64()),
+        ("sha256", pa.string()),
+    ]
+)
+"""One row a member; `reason` is null for an image that was staged. `length` is what is staged, `file_bytes` the file's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScatterSpec:
+    """What the first pass needs to know of the dataset."""
+
+    release: str
+    staging: str
+    encoding: str
+    size: int
+    run_bytes: int
+    key: str
+    """Identity of the settings; an index with another one is not used."""
+
+
+def scatter(spec: ScatterSpec, path: str, file_bytes: int, wanted: pa.Table, refused: pa.Table) -> pa.Table:
+    """Stage the wanted images of one archive; give its index (INDEX_SCHEMA).
+
+    `wanted`: image_id, place (uint64, ascending in the dataset's order). `refused`: image_id, reason, for images that have
+    labels and are left out all the same. Raises DataError for an archive that is broken or whose members are not what a
+    release holds.
+    """
+    folder = storage.join(spec.staging, hashlib.sha256(path.encode()).hexdigest()[:16])
+    index_uri = storage.join(folder, "index.parquet")
+    key = json.dumps([spec.key, path, file_bytes])
+    try:
+        index = pq.read_table(io.BytesIO(storage.read_bytes(index_uri)))
+        if (index.schema.metadata or {}).get(b"key") == key.encode():
+            return index.replace_schema_metadata(None)
+    except FileNotFoundError:
+        pass
+    places = dict(zip(wanted["image_id"].to_pylist(), wanted["place"].to_pylist(), strict=True))
+    reasons = dict(zip(refused["image_id"].to_pylist(), refused["reason"].to_pylist(), strict=True))
+    rows: list[dict] = []
+    run: list[tuple[int, bytes, dict]] = []
+    num_runs = held = 0
+    for name, data in members(spec.release, path):
+        row: dict = {"image_id": name, "file_bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        rows.append(row)
+        if name not in places:
+            row["reason"] = reasons.get(name, "no label row")
+            continue
+        try:
+            payload = encode(data, spec.encoding, spec.size)
+        except images.ImageError as error:
+            row["reason"] = error.reason
+            continue
+        run.append((places[name], payload, row))
+        held += len(payload)
+        if held >= spec.run_bytes:
+            _put_run(folder, num_runs, run)
+            num_runs, run, held = num_runs + 1, [], 0
+    if run:
+        _put_run(folder, num_runs, run)
+    index = pa.Table.from_pylist(rows, INDEX_SCHEMA)
+    sink = io.BytesIO()
+    pq.write_table(index.replace_schema_metadata({"key": key}), sink)
+    storage.put_atomic(index_uri, sink.getvalue())
+    return index
+
+
+def encode(data: bytes, encoding: str, size: int) -> bytes:
+    """What a shard row holds of an image file: its own bytes, decoded once to be sure, or grey pixels. Raises ImageError."""
+    if encoding == "png":
+        images.check(data)
+        return data
+    return images.to_grey(data, size).tobytes()
+
+
+def members(release: str, path: str) -> Iterator[tuple[str, bytes]]:
+    """Name and bytes of every PNG in an archive, in its order; other plain files are passed over.
+
+    Raises DataError for a member that leaves the folder, is a link or a device, or is absurdly large.
+    """
+    where = storage.shown(storage.join(release, path))
+    try:
+        with (
+            storage.open_stream(storage.join(release, path)) as stream,
+            tarfile.open(fileobj=stream, mode="r|*") as tar,
+        ):
+            for member in tar:
+                _check_member(where, member)
+                name = member.name.rsplit("/", 1)[-1]
+                if not member.isfile() or not name.lower().endswith(".png") or name.startswith("."):
+                    continue
+                file = tar.extractfile(member)
+                data = file.read() if file else b""
+                if len(data) != member.size:
+                    raise EOFError(f"{member.name} is cut")
+                yield name, data
+    except (tarfile.TarError, EOFError, zlib.error) as error:
+        raise DataError(f"{where}: found a broken archive ({error}); fetch it again") from None
+
+
+def merge(paths: list[str], indexes: list[pa.Table]) -> tuple[dict[str, dict], int]:
+    """One index row an image name, the first in the archives' order, and the number of further, equal copies.
+
+    Raises DataError for two different images of one name.
+    """
+    index: dict[str, dict] = {}
+    holders: dict[str, str] = {}
+    duplicates = 0
+    for path, table in zip(paths, indexes, strict=True):
+        for row in table.to_pylist():
+            name = row["image_id"]
+            if name not in index:
+                index[name], holders[name] = row, path
+            elif index[name]["sha256"] != row["sha256"]:
+                raise different_copies(name, holders[name], path)
+            else:
+                duplicates += 1
+    return index, duplicates
+
+
+def _check_member(where: str, member: tarfile.TarInfo) -> None:
+    wrong = ""
+    if member.name.startswith("/") or ".." in member.name.split("/") or "\\" in member.name:
+        wrong = "a path that leaves the folder"
+    elif not (member.isfile() or member.isdir()):
+        wrong = "a link or device"
+    elif member.size > MAX_MEMBER_BYTES:
+        wrong = f"{member.size} bytes, more than the {MAX_MEMBER_BYTES} of any radiograph"
+    if wrong:
+        raise DataError(
+            f"{where}: member {member.name!r}: found {wrong}, expected images/NAME.png; this is no NIH archive"
+        )
+
+
+def _put_run(folder: str, number: int, run: list[tuple[int, bytes, dict]]) -> None:
+    uri = storage.join(folder, f"{number:05d}.bin")
+    run.sort(key=lambda entry: entry[0])
+    offset = 0
+    for _, payload, row in run:
+        row.update(run=uri, offset=offset, length=len(payload))
+        offset += len(payload)
+    storage.put_atomic(uri, b"".join(payload for _, payload, _ in run))

@@ -1,0 +1,232 @@
+"""The manifest: what a dataset holds, where every row lies, where it came from, and what was left out.
+
+`manifest.json` is small and written last; what has one row an image lies in Parquet side tables beside it, whose SHA-256
+it records. Rows of a split have a fixed place: row i lies in row group i // row_group, and every row group is full but
+the last of the split. Shard paths are relative to the dataset's URI, or to `root` (the release) of an in-place manifest.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cxr_dist import storage
+from cxr_dist.data.nih import LABELS_SCHEMA, SPLITS, finding_columns, findings_matrix
+from cxr_dist.errors import DataError
+
+FORMAT = 1
+"""Version of manifest.json and its side tables."""
+
+MANIFEST = "manifest.json"
+NAMED_QUARANTINED = 100
+"""Quarantined images named in manifest.json itself; all of them are in quarantine.parquet."""
+
+ROW_GROUPS_SCHEMA = pa.schema(
+    [
+        ("path", pa.string()),
+        ("row_group_in_file", pa.int32()),
+        ("rows", pa.int32()),
+        ("offset", pa.int64()),
+        ("bytes", pa.int64()),
+    ]
+)
+"""A row a row group: file, place in it, images, and the byte range that holds it."""
+
+QUARANTINE_SCHEMA = pa.schema([("image_id", pa.string()), ("reason", pa.string())])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """One Parquet file of a split."""
+
+    path: str
+    bytes: int
+    sha256: str
+    rows: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """Counts of one split, and its files (none listed for an in-place manifest: they are in the row group table)."""
+
+    shards: tuple[Shard, ...]
+    num_rows: int
+    num_row_groups: int
+    patients: int
+    positives: dict[str, int]
+    """Images with each finding of the label set."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SideTable:
+    """One Parquet table beside manifest.json."""
+
+    path: str
+    bytes: int
+    sha256: str
+    rows: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """A dataset as training and evaluation see it; `uri` and `hash` belong to the copy that was loaded or saved."""
+
+    label_set: str
+    findings: tuple[str, ...]
+    """The findings that are trained and scored, in order; shards hold all fourteen."""
+    encoding: str
+    """`png`: a row holds the original file; `pixels`: size*size grey bytes."""
+    size: int
+    pixels_version: str
+    row_group: int
+    in_place: bool
+    root: str = ""
+    """URI that the paths of an in-place manifest are relative to; empty: the dataset's own."""
+    seed: int
+    validation_fraction: float
+    splits: dict[str, Split]
+    audit: dict
+    sources: dict
+    """Where the rows came from: names and SHA-256 of label file and lists, the release's file list."""
+    settings: dict
+    """What decides the dataset's bytes; ingest compares it before it goes on or calls the work done."""
+    counts: dict[str, int]
+    """missing_images, duplicate_images, cleaned_images, quarantined."""
+    quarantine: tuple[dict[str, str], ...]
+    """The first images left out, as {image_id, reason}."""
+    tables: dict[str, SideTable] = field(default_factory=dict)
+    uri: str = ""
+    hash: str = ""
+    """SHA-256 of manifest.json, hex: the dataset's identity."""
+
+    @classmethod
+    def load(cls, uri: str) -> "Manifest":
+        """The manifest of the dataset at `uri`. Raises DataError for none, an unknown format or a broken file."""
+        where = storage.join(uri, MANIFEST)
+        try:
+            data = storage.read_bytes(where)
+        except FileNotFoundError:
+            raise DataError(
+                f"{storage.shown(where)}: found no manifest; run jobs/ingest.py with this data.uri (it ends by writing one)"
+            ) from None
+        return cls.from_json(data, uri)
+
+    @classmethod
+    def from_json(cls, data: bytes, uri: str) -> "Manifest":
+        """The manifest in the bytes of a manifest.json that lies at `uri`."""
+        where = storage.shown(storage.join(uri, MANIFEST))
+        try:
+            raw = json.loads(data)
+            version = raw.pop("format")
+        except (ValueError, KeyError, AttributeError, TypeError):
+            raise DataError(f"{where}: found no manifest of this project in it; run jobs/ingest.py again") from None
+        if version != FORMAT:
+            raise DataError(
+                f"{where}: found manifest format {version}, this version reads {FORMAT}; "
+                f"read it with the cxr-dist whose data.manifest.FORMAT is {version}, or ingest again to another data.uri"
+            )
+        known = {f.name for f in dataclasses.fields(cls)} - {"uri", "hash"}
+        if set(raw) != known:
+            raise DataError(
+                f"{where}: found fields that are missing or unknown: {sorted(set(raw) ^ known)}; ingest again to another data.uri"
+            )
+        raw["findings"] = tuple(raw["findings"])
+        raw["quarantine"] = tuple(raw["quarantine"])
+        raw["tables"] = {name: SideTable(**table) for name, table in raw["tables"].items()}
+        raw["splits"] = {
+            name: Split(**{**split, "shards": tuple(Shard(**shard) for shard in split["shards"])})
+            for name, split in raw["splits"].items()
+        }
+        return cls(**raw, uri=uri, hash=hashlib.sha256(data).hexdigest())
+
+    def to_json(self) -> bytes:
+        """The bytes of manifest.json: the same manifest gives the same bytes, wherever it lies."""
+        raw = dataclasses.asdict(self)
+        del raw["uri"], raw["hash"]
+        return (json.dumps({"format": FORMAT, **raw}, indent=1, ensure_ascii=False) + "\n").encode()
+
+    def save(
+        self,
+        uri: str,
+        rows: dict[str, pa.Table],
+        row_groups: dict[str, pa.Table],
+        quarantine: Sequence[tuple[str, str]] = (),
+    ) -> "Manifest":
+        """Write side tables, then manifest.json, and give the manifest as `load` would.
+
+        `rows` and `row_groups` hold each split's table in placement order; `quarantine` all (image id, reason) pairs.
+        """
+        left_out = pa.Table.from_pylist([{"image_id": i, "reason": r} for i, r in quarantine], QUARANTINE_SCHEMA)
+        tables = {
+            "rows": _put_table(uri, "rows.parquet", _stack(rows, LABELS_SCHEMA)),
+            "row_groups": _put_table(uri, "row_groups.parquet", _stack(row_groups, ROW_GROUPS_SCHEMA)),
+            "quarantine": _put_table(uri, "quarantine.parquet", left_out),
+        }
+        named = tuple({"image_id": image_id, "reason": reason} for image_id, reason in quarantine[:NAMED_QUARANTINED])
+        manifest = dataclasses.replace(self, tables=tables, quarantine=named)
+        data = manifest.to_json()
+        storage.put_atomic(storage.join(uri, MANIFEST), data)
+        return dataclasses.replace(manifest, uri=uri, hash=hashlib.sha256(data).hexdigest())
+
+    def rows(self, split: str) -> pa.Table:
+        """The label rows of a split in placement order: image_id, patient_id, view, age, sex, follow_up, findings[14]."""
+        return self._part("rows", split, [self.splits[name].num_rows for name in self.splits]).cast(LABELS_SCHEMA)
+
+    def row_groups(self, split: str) -> pa.Table:
+        """The row groups of a split in placement order: path, row_group_in_file, rows, offset, bytes."""
+        return self._part("row_groups", split, [self.splits[name].num_row_groups for name in self.splits])
+
+    def labels(self, split: str) -> np.ndarray:
+        """bool [rows, findings]: the label set's findings in its order."""
+        return findings_matrix(self.rows(split))[:, finding_columns(self.label_set)]
+
+    def all_quarantined(self) -> pa.Table:
+        """Every image that was left out: image_id, reason."""
+        return _read_table(self.uri, self.tables["quarantine"])
+
+    @property
+    def files_uri(self) -> str:
+        """URI that the paths of the row group table are relative to."""
+        return self.root or self.uri
+
+    def _part(self, table: str, split: str, lengths: list[int]) -> pa.Table:
+        if split not in self.splits:
+            raise DataError(
+                f"{storage.shown(self.uri)}: found no split {split!r}, expected one of {', '.join(self.splits)}"
+            )
+        at = list(self.splits).index(split)
+        return _read_table(self.uri, self.tables[table]).slice(sum(lengths[:at]), lengths[at])
+
+
+def _stack(parts: dict[str, pa.Table], schema: pa.Schema) -> pa.Table:
+    return pa.concat_tables([parts[split].replace_schema_metadata(None).cast(schema) for split in SPLITS])
+
+
+def _put_table(uri: str, name: str, table: pa.Table) -> SideTable:
+    sink = io.BytesIO()
+    pq.write_table(table.combine_chunks(), sink, compression="zstd", row_group_size=1 << 20)
+    data = sink.getvalue()
+    storage.put_atomic(storage.join(uri, name), data)
+    return SideTable(path=name, bytes=len(data), sha256=hashlib.sha256(data).hexdigest(), rows=table.num_rows)
+
+
+@functools.lru_cache(maxsize=8)
+def _read_table(uri: str, side: SideTable) -> pa.Table:
+    where = storage.join(uri, side.path)
+    try:
+        data = storage.read_bytes(where)
+    except FileNotFoundError:
+        raise DataError(f"{storage.shown(where)}: found no file, expected the manifest's table; ingest again") from None
+    if hashlib.sha256(data).hexdigest() != side.sha256:
+        raise DataError(
+            f"{storage.shown(where)}: found a SHA-256 that is not the manifest's ({side.sha256[:12]}…); "
+            "the file was changed or cut, restore it or ingest again"
+        )
+    return pq.read_table(io.BytesIO(data))

@@ -1,0 +1,57 @@
+"""Running many independent calls on a Ray cluster: few enough at once to bound memory, with progress, in order."""
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import ray
+
+PROGRESS_S = 10.0
+"""Seconds between progress lines."""
+
+log = logging.getLogger(__name__)
+
+
+def run(function: Callable[..., Any], arguments: Iterable[tuple], weights: Sequence[int], what: str) -> list[Any]:
+    """The result of `function` for each tuple of arguments, in their order; one CPU a call.
+
+    At most two calls a CPU are submitted at a time. `weights` (one a call, counted in `what`) give progress and ETA. An
+    error stops what runs, waits for it, and is raised as the function raised it.
+    """
+    remote = ray.remote(num_cpus=1, max_retries=3)(function)
+    limit = max(2, 2 * int(ray.cluster_resources().get("CPU", 1)))
+    results: list[Any] = [None] * len(weights)
+    running: dict[ray.ObjectRef, int] = {}
+    started = said = time.monotonic()
+    done = 0
+    try:
+        waiting = enumerate(arguments)
+        while True:
+            while len(running) < limit and (following := next(waiting, None)) is not None:
+                running[remote.remote(*following[1])] = following[0]
+            if not running:
+                break
+            ready, _ = ray.wait(list(running), num_returns=1)
+            number = running.pop(ready[0])
+            results[number] = ray.get(ready[0])
+            done += weights[number]
+            now = time.monotonic()
+            if now - said > PROGRESS_S or not running:
+                said = now
+                log.info("%s", progress(done, sum(weights), now - started, what))
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from None
+    finally:
+        for reference in running:
+            ray.cancel(reference)
+        if running:
+            ray.wait(list(running), num_returns=len(running), timeout=60)
+    return results
+
+
+def progress(done: int, total: int, elapsed_s: float, what: str) -> str:
+    """One line: how much is done, how fast, and how long the rest takes at that speed."""
+    speed = done / elapsed_s if elapsed_s > 0 else 0.0
+    left = f"{(total - done) / speed:.0f} s" if speed else "unknown"
+    return f"{done:,} of {total:,} {what} ({speed:.0f}/s), {left} left"

@@ -1,0 +1,327 @@
+"""Files by URI: a local path, `file://`, `s3://` (any endpoint, by `AWS_ENDPOINT_URL`) or `gs://`, through pyarrow.fs.
+
+Credentials come from the environment or the machine's role, never from the URI. Writes are atomic: a reader sees the
+whole object or none. A transient fault is tried again with growing, jittered pauses; what a person must mend (no such
+bucket, wrong key, server down) is an `InputError` in one sentence that names the URI. A missing object stays a
+`FileNotFoundError`, for the caller knows what it means.
+"""
+
+import functools
+import os
+import random
+import shutil
+import time
+import uuid
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import IO, TypeVar
+from urllib.parse import unquote, urlsplit
+
+import pyarrow as pa
+from pyarrow import fs as pafs
+
+from cxr_dist.errors import InputError
+
+T = TypeVar("T")
+
+ATTEMPTS = 4
+"""Times that an operation with a transient fault is tried; pyarrow tries each S3 request a few times by itself."""
+MAX_PAUSE_S = 8.0
+"""Longest pause between two tries, seconds."""
+
+_MISSING = ("NO_SUCH_KEY", "RESOURCE_NOT_FOUND", "HTTP response code 404", "Path does not exist")
+_NO_BUCKET = ("NO_SUCH_BUCKET", "NoSuchBucket", "InvalidBucketName", "Bucket not found")
+_REFUSED = (
+    *("ACCESS_DENIED", "INVALID_ACCESS_KEY_ID", "SIGNATURE_DOES_NOT_MATCH", "INVALID_SIGNATURE", "EXPIRED_TOKEN"),
+    *("MISSING_AUTHENTICATION_TOKEN", "ExpiredToken", "UNRECOGNIZED_CLIENT", "Access Denied", "credentials"),
+    *("HTTP response code 401", "HTTP response code 403"),
+)
+_UNREACHABLE = ("NETWORK_CONNECTION", "curlCode", "Could not connect", "Couldn't connect", "Couldn't resolve")
+_TRANSIENT = (
+    *_UNREACHABLE,
+    *("SLOW_DOWN", "SlowDown", "THROTTLING", "REQUEST_TIMEOUT", "INTERNAL_FAILURE", "SERVICE_UNAVAILABLE"),
+    *("HTTP response code 408", "HTTP response code 429", "HTTP response code 5", "HTTP status 5", "Incomplete write"),
+)
+_NO_TRAILERS = "MissingContentLength"
+
+
+def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
+    """The filesystem of a URI (one per bucket and process) and the path in it."""
+    if not uri:
+        raise InputError("found an empty URI, expected a path, file://, s3://BUCKET/… or gs://BUCKET/…")
+    parts = urlsplit(uri)
+    if "://" not in uri:
+        return _filesystem("file", ""), os.path.abspath(uri)
+    if parts.scheme == "file":
+        return _filesystem("file", ""), unquote(parts.path)
+    if parts.scheme not in ("s3", "gs"):
+        raise InputError(f"{shown(uri)}: found scheme {parts.scheme!r}, expected a path, file://, s3:// or gs://")
+    if "@" in parts.netloc:
+        raise InputError(f"{shown(uri)}: found credentials in the URI; put them in the environment and take them out")
+    if not parts.netloc:
+        raise InputError(f"{uri}: found no bucket, expected {parts.scheme}://BUCKET/…")
+    key = uri.split("://", 1)[1].split("?", 1)[0]
+    return retry(lambda: _filesystem(parts.scheme, parts.netloc, parts.query), uri), key.rstrip("/")
+
+
+def join(uri: str, *parts: str) -> str:
+    """`uri` with path parts appended; a query (`?region=…`) stays at the end."""
+    base, mark, query = uri.partition("?") if "://" in uri else (uri, "", "")
+    return "/".join([base.rstrip("/"), *(part.strip("/") for part in parts if part)]) + mark + query
+
+
+def shown(uri: str) -> str:
+    """`uri` as it may be printed: without user name, password and query."""
+    if "://" not in uri:
+        return uri
+    scheme, _, rest = uri.partition("://")
+    return f"{scheme}://{rest.split('?', 1)[0].rsplit('@', 1)[-1]}"
+
+
+def absolute(uri: str) -> str:
+    """The URI as it means the same from any working directory and machine that shares the disk."""
+    return resolve(uri)[1] if is_local(uri) else uri
+
+
+def is_local(uri: str) -> bool:
+    """Whether the URI is a path on this machine's own filesystem tree."""
+    return "://" not in uri or uri.startswith("file://")
+
+
+def exists(uri: str) -> bool:
+    """Whether there is an object, file, folder or non-empty prefix."""
+    if _info(uri).type != pafs.FileType.NotFound:
+        return True
+    _check_bucket(uri)
+    return False
+
+
+def size(uri: str) -> int:
+    """Bytes of a file; FileNotFoundError if there is none."""
+    info = _info(uri)
+    if info.type != pafs.FileType.File:
+        _check_bucket(uri)
+        raise FileNotFoundError(shown(uri))
+    return info.size
+
+
+def open_input(uri: str) -> pa.NativeFile:
+    """Random access file; its `read_at(nbytes, offset)` may be called from several threads."""
+    fs, path = resolve(uri)
+    return retry(lambda: fs.open_input_file(path), uri)
+
+
+def open_stream(uri: str) -> pa.NativeFile:
+    """Sequential, buffered reader, as it lies (a .gz is not unpacked)."""
+    fs, path = resolve(uri)
+    return retry(lambda: fs.open_input_stream(path, compression=None, buffer_size=4 << 20), uri)
+
+
+def read_bytes(uri: str) -> bytes:
+    """The whole file."""
+    fs, path = resolve(uri)
+
+    def read() -> bytes:
+        with fs.open_input_file(path) as file:
+            return file.read()
+
+    return retry(read, uri)
+
+
+def read_range(uri: str, offset: int, length: int) -> bytes:
+    """`length` bytes from `offset`; fewer at the end of the file."""
+    fs, path = resolve(uri)
+
+    def read() -> bytes:
+        with fs.open_input_file(path) as file:
+            return file.read_at(length, offset)
+
+    return retry(read, uri)
+
+
+def list_files(uri: str, recursive: bool = True) -> list[tuple[str, int]]:
+    """Files under a folder or prefix as (path relative to it, bytes), sorted; empty if there are none.
+
+    Keys that stand for a folder (ending in `/`) are left out. A missing bucket is an InputError.
+    """
+    fs, path = resolve(uri)
+    selector = pafs.FileSelector(path, allow_not_found=True, recursive=recursive)
+    found = [
+        (info.path[len(path) :].lstrip("/"), info.size)
+        for info in retry(lambda: fs.get_file_info(selector), uri)
+        if info.type == pafs.FileType.File and not info.path.endswith("/")
+    ]
+    if not found:
+        _check_bucket(uri)
+    return sorted(entry for entry in found if entry[0])
+
+
+def put_atomic(uri: str, data: bytes | pa.Buffer) -> None:
+    """Write an object in one piece, over an older one if there is any."""
+    if is_local(uri):
+        _replace_local(resolve(uri)[1], lambda file: file.write(data))
+    else:
+        _put_object(uri, pa.py_buffer(data))
+
+
+def upload_atomic(local_path: str | Path, uri: str) -> None:
+    """Copy a local file to `uri` in one piece, over an older one if there is any."""
+    if is_local(uri):
+        with open(local_path, "rb") as source:
+            _replace_local(resolve(uri)[1], lambda file: shutil.copyfileobj(source, file, 4 << 20))
+    elif os.path.getsize(local_path) == 0:
+        _put_object(uri, pa.py_buffer(b""))
+    else:
+        with pa.memory_map(str(local_path)) as source:
+            _put_object(uri, source.read_buffer())
+
+
+def delete(uri: str) -> None:
+    """Remove a file; nothing happens if there is none."""
+    fs, path = resolve(uri)
+    try:
+        retry(lambda: fs.delete_file(path), uri)
+    except FileNotFoundError:
+        return
+
+
+def delete_dir(uri: str) -> None:
+    """Remove a folder or prefix with everything under it; nothing happens if there is none.
+
+    In an object store one by one: not every S3 server takes pyarrow's bulk request.
+    """
+    if is_local(uri):
+        shutil.rmtree(resolve(uri)[1], ignore_errors=not exists(uri))
+        return
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda entry: delete(join(uri, entry[0])), list_files(uri)))
+
+
+def free_bytes(uri: str) -> int | None:
+    """Free space of the disk that holds a local URI; None for an object store."""
+    if not is_local(uri):
+        return None
+    folder = Path(resolve(uri)[1])
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def forget_filesystems() -> None:
+    """Drop the cached connections, so that a changed endpoint or credential is seen."""
+    _filesystem.cache_clear()
+    _bucket.cache_clear()
+
+
+@functools.lru_cache(maxsize=64)
+def _filesystem(scheme: str, bucket: str, query: str = "") -> pafs.FileSystem:
+    if scheme == "file":
+        return pafs.LocalFileSystem()
+    return pafs.FileSystem.from_uri(f"{scheme}://{bucket}" + (f"?{query}" if query else ""))[0]
+
+
+@functools.lru_cache(maxsize=64)
+def _bucket(scheme: str, netloc: str, query: str) -> str:
+    """The name of a bucket that exists; asked once a process. Raises InputError."""
+    uri = f"{scheme}://{netloc}"
+    found = retry(lambda: _filesystem(scheme, netloc, query).get_file_info(netloc), uri)
+    if found.type == pafs.FileType.NotFound:
+        raise InputError(_advice(uri, "NO_SUCH_BUCKET"))
+    return netloc
+
+
+def _check_bucket(uri: str) -> None:
+    """Where nothing was found: InputError if that is for want of the bucket."""
+    if not is_local(uri):
+        parts = urlsplit(uri)
+        _bucket(parts.scheme, parts.netloc, parts.query)
+
+
+def _info(uri: str) -> pafs.FileInfo:
+    fs, path = resolve(uri)
+    return retry(lambda: fs.get_file_info(path), uri)
+
+
+def _put_object(uri: str, buffer: pa.Buffer) -> None:
+    fs, path = resolve(uri)
+
+    def put() -> None:
+        with fs.open_output_stream(path, compression=None) as out:
+            out.write(buffer)
+        if (written := fs.get_file_info(path).size) != buffer.size:
+            raise OSError(f"Incomplete write: {written} of {buffer.size} bytes")
+
+    retry(put, uri)
+
+
+def _replace_local(path: str, write: Callable[[IO[bytes]], object]) -> None:
+    """Write under a temporary name beside `path`, flush to the disk, rename, and make the rename durable."""
+    folder, name = os.path.split(path)
+    os.makedirs(folder, exist_ok=True)
+    temporary = os.path.join(folder, f".{name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def retry(operation: Callable[[], T], uri: str, pause: Callable[[float], None] = time.sleep) -> T:
+    """The operation's result, after as many tries as transient faults of the store at `uri` ask for."""
+    for attempt in range(ATTEMPTS):
+        try:
+            return operation()
+        except (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError) as error:
+            if not is_local(uri) and (isinstance(error, PermissionError) or _has(str(error), _NO_BUCKET)):
+                raise InputError(_advice(uri, str(error))) from None
+            if isinstance(error, FileNotFoundError):
+                _check_bucket(uri)
+            raise
+        except OSError as error:
+            text = str(error)
+            if is_local(uri):
+                raise
+            if _has(text, _NO_BUCKET) or _has(text, _REFUSED):
+                raise InputError(_advice(uri, text)) from None
+            if _has(text, _MISSING):
+                _check_bucket(uri)
+                raise FileNotFoundError(shown(uri)) from None
+            if not _has(text, _TRANSIENT) or attempt == ATTEMPTS - 1:
+                raise InputError(_advice(uri, text)) from None
+            pause(min(MAX_PAUSE_S, 0.5 * 2**attempt) * random.uniform(0.5, 1.0))  # noqa: S311
+    raise AssertionError("unreachable")
+
+
+def _has(text: str, marks: tuple[str, ...]) -> bool:
+    return any(mark in text for mark in marks)
+
+
+def _advice(uri: str, text: str) -> str:
+    """One sentence for a person; the store's own words are left out where they may hold a key id."""
+    if _has(text, _NO_BUCKET):
+        return (
+            f"{shown(uri)}: the bucket does not exist; make it, or check the name and the endpoint (AWS_ENDPOINT_URL)"
+        )
+    if _has(text, _REFUSED):
+        return (
+            f"{shown(uri)}: access was refused; check the credentials in the environment "
+            "(AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, or the machine's role) and their rights on the bucket"
+        )
+    if _has(text, _UNREACHABLE):
+        return f"{shown(uri)}: the object store does not answer; start it, or check AWS_ENDPOINT_URL and the network"
+    if _NO_TRAILERS in text:
+        return (
+            f"{shown(uri)}: the server does not understand checksums in trailers; "
+            "set AWS_REQUEST_CHECKSUM_CALCULATION=when_required"
+        )
+    return f"{shown(uri)}: the object store failed ({' '.join(text.split())[:200]}); try again, or check the store"
