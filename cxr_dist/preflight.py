@@ -6,7 +6,7 @@ import threading
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -43,19 +43,18 @@ DEADLINE_S = 20.0
 """Longest wait for a tracking server to look up the experiment, or a database to log in, seconds."""
 
 
-def run(config: Config, cluster: Mapping[str, float], nodes: Sequence[Mapping[str, Any]] = ()) -> Manifest:
-    """Every check, cheapest first; gives the dataset's manifest. Raises InputError (ConfigError, DataError).
+def run(config: Config) -> Manifest:
+    """Every check that needs no cluster, cheapest first; gives the dataset's manifest. Raises InputError.
 
-    `cluster` is `ray.cluster_resources()` and `nodes` is `ray.nodes()`, or what an autoscaler may grow them to.
+    `check_resources` is the one that is left, once Ray is there to ask.
     """
     check_secrets(config)
-    check_resources(config, cluster, nodes)
-    check_tracking(config)
-    check_storage(config)
     check_weights(config)
     manifest = check_dataset(config)
     check_positives(manifest, config)
     check_batches(config, manifest.row_group)
+    check_tracking(config)
+    check_storage(config)
     return manifest
 
 

@@ -47,7 +47,9 @@ def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
         f"4/4  done in {time.monotonic() - began:.0f} s: mean AUROC {result['test_auroc']['mean']:.3f} on the test list"
     )
     say(f"figures and tables   {result['artifacts']}/roc_curves.png")
-    say(f"MLflow UI            {Path(sys.executable).parent}/mlflow ui --backend-store-uri {absolute_uri(config.tracking.uri)}")
+    say(
+        f"MLflow UI            {Path(sys.executable).parent}/mlflow ui --backend-store-uri {absolute_uri(config.tracking.uri)}"
+    )
     return result | {"wall_s": round(time.monotonic() - began, 1)}
 
 

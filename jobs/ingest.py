@@ -1,6 +1,7 @@
 """Turn an NIH release into a dataset: Parquet shards and a manifest (`ray job submit -- python jobs/ingest.py …`)."""
 
 import argparse
+import dataclasses
 from typing import Any
 
 from cxr_dist.cli import run_job
@@ -11,14 +12,14 @@ from cxr_dist.data.ingest import ingest, labels_only
 def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     if args.labels_only:
         return labels_only(config)
-    from cxr_dist.cluster import connect
-
-    connect()
+    if args.in_place:
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, in_place=True))
     return ingest(config)
 
 
 def flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--labels-only", action="store_true", help="clean and audit labels and lists; touch no image")
+    parser.add_argument("--in-place", action="store_true", help="the same as --data.in_place true")
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ def labels_only(config: Config) -> dict[str, Any]:
 
 
 def ingest(config: Config) -> dict[str, Any]:
-    """Make the dataset of `config.data`, or go on making it; Ray must be connected. Gives counts for the job's result."""
+    """Make the dataset of `config.data`, or go on making it. Gives counts for the job's result."""
     started = time.monotonic()
     data = config.data
     for name in ("release", "uri"):

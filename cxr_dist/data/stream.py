@@ -8,7 +8,7 @@ one expected is an error.
 
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -122,7 +122,7 @@ class Stream:
     start: int | None = None
     """First step delivered; None before the first batch, or if no step is left."""
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Generator[Batch, None, None]:
         blocks = iter(self.shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2))
         try:
             yield from self._batches(blocks)

@@ -7,6 +7,8 @@ from typing import Any
 
 import ray
 
+from cxr_dist.cluster import connect
+
 PROGRESS_S = 10.0
 """Seconds between progress lines."""
 
@@ -16,9 +18,10 @@ log = logging.getLogger(__name__)
 def run(function: Callable[..., Any], arguments: Iterable[tuple], weights: Sequence[int], what: str) -> list[Any]:
     """The result of `function` for each tuple of arguments, in their order; one CPU a call.
 
-    At most two calls a CPU are submitted at a time. `weights` (one a call, counted in `what`) give progress and ETA. An
+    Joins the cluster if that has not been done. At most two calls a CPU are submitted at a time. `weights` (one a call, counted in `what`) give progress and ETA. An
     error stops what runs, waits for it, and is raised as the function raised it.
     """
+    connect()
     remote = ray.remote(num_cpus=1, max_retries=3)(function)
     limit = max(2, 2 * int(ray.cluster_resources().get("CPU", 1)))
     results: list[Any] = [None] * len(weights)

@@ -37,12 +37,13 @@ class GroupBatchNorm2d(nn.BatchNorm2d):
             return functional.batch_norm(
                 input, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
             )
-        batch, channels, height, width = input.shape
-        if batch % self.group:
-            raise ValueError(f"batch of {batch} images: expected a multiple of the batch-norm group of {self.group}")
+        if len(input) % self.group:
+            raise ValueError(
+                f"batch of {len(input)} images: expected a multiple of the batch-norm group of {self.group}"
+            )
         outputs = []
         for images in input.split(self.group):
-            mean, var = torch.zeros_like(self.running_mean), torch.zeros_like(self.running_var)  # type: ignore[arg-type]
+            mean, var = torch.zeros_like(self.running_mean), torch.zeros_like(self.running_var)
             # momentum 1 makes the running buffers hold this group's own mean and unbiased variance
             outputs.append(functional.batch_norm(images, mean, var, self.weight, self.bias, True, 1.0, self.eps))
             stats = torch.stack([mean, var])
@@ -77,7 +78,7 @@ def use_group_statistics(module: nn.Module, group: int) -> None:
     for child in module.modules():
         if type(child) is nn.BatchNorm2d:
             child.__class__ = GroupBatchNorm2d
-            child.group = group  # type: ignore[assignment]
+            child.group = group
 
 
 def update_running_statistics(norms: list[GroupBatchNorm2d]) -> None:
@@ -85,7 +86,7 @@ def update_running_statistics(norms: list[GroupBatchNorm2d]) -> None:
     norms = [norm for norm in norms if norm.sums is not None]
     if not norms:
         return
-    flat = torch.cat([norm.sums.flatten() for norm in norms])  # type: ignore[union-attr]
+    flat = torch.cat([norm.sums.flatten() for norm in norms if norm.sums is not None])
     num_groups = norms[0].num_groups
     if dist.is_initialized():
         dist.all_reduce(flat)
@@ -94,9 +95,9 @@ def update_running_statistics(norms: list[GroupBatchNorm2d]) -> None:
     offset = 0
     for norm in norms:
         size = norm.num_features
-        norm.running_mean.lerp_(flat[offset : offset + size], norm.momentum)  # type: ignore[union-attr,arg-type]
-        norm.running_var.lerp_(flat[offset + size : offset + 2 * size], norm.momentum)  # type: ignore[union-attr,arg-type]
-        norm.num_batches_tracked += 1  # type: ignore[operator]
+        norm.running_mean.lerp_(flat[offset : offset + size], norm.momentum)
+        norm.running_var.lerp_(flat[offset + size : offset + 2 * size], norm.momentum)
+        norm.num_batches_tracked += 1
         offset += 2 * size
     discard_statistics(norms)
 

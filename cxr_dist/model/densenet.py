@@ -48,10 +48,7 @@ class Tail(nn.Module):
 
     def forward(self, features_BCHW: Tensor) -> Tensor:
         maps_BCHW = functional.relu(self.features(features_BCHW))
-        if self.pooling == "lse":
-            pooled_BC = log_sum_exp_pool(maps_BCHW, self.lse_r)
-        else:
-            pooled_BC = maps_BCHW.mean((2, 3))
+        pooled_BC = log_sum_exp_pool(maps_BCHW, self.lse_r) if self.pooling == "lse" else maps_BCHW.mean((2, 3))
         return self.classifier(pooled_BC)
 
 

@@ -17,7 +17,7 @@ from cxr_dist import storage
 from cxr_dist.errors import InputError
 from cxr_dist.model.augment import IMAGENET, XRV, Normalization
 
-__all__ = ["Initial", "calibrate", "initial", "load", "save", "sha256"]
+__all__ = ["Initial", "calibrate", "initial", "load", "restore", "save", "sha256"]
 
 StateDict = dict[str, Tensor]
 
@@ -133,9 +133,20 @@ def load(uri: str) -> StateDict:
         found = read_tensors(storage.read_bytes(uri), uri)
     except FileNotFoundError:
         raise InputError(f"model.weights {storage.shown(uri)}: found no file; give imagenet, random or a URI") from None
+    except OSError as error:
+        raise InputError(
+            f"model.weights {storage.shown(uri)}: cannot be read ({error}); give imagenet, random or the URI of a file"
+        ) from error
     if "tail" in found:
         where = storage.join(uri.rpartition("/checkpoints/")[0], "initial.pt")
-        return {**restore(storage.read_bytes(where), where).state, **found["tail"]}
+        try:
+            start = restore(storage.read_bytes(where), where)
+        except FileNotFoundError:
+            raise InputError(
+                f"model.weights {storage.shown(where)}: found no file, expected the run's starting weights beside its "
+                "checkpoints; give the URI of a checkpoint in its run's folder"
+            ) from None
+        return {**start.state, **found["tail"]}
     for key in ("state_dict", "state"):
         if isinstance(found.get(key), dict):
             found = found[key]

@@ -56,7 +56,7 @@ class Checkpoints:
         """Whole checkpoints, oldest first."""
         try:
             found = json.loads(storage.read_bytes(storage.join(self.folder, "index.json")))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return []
         if found.get("format") != FORMAT:
             raise InputError(

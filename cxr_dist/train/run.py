@@ -52,10 +52,11 @@ def train(config: Config) -> dict[str, Any]:
     every case.
     """
     config = with_defaults(config)
+    manifest = preflight.run(config)
     held = config.train.num_workers * config.train.cpus_per_worker
     cluster.connect(held + max(1, config.data.decode_workers))
     resources = ray.cluster_resources()
-    manifest = preflight.run(config, resources, ray.nodes())
+    preflight.check_resources(config, resources, ray.nodes())
     job = make_job(config, manifest, use_gpu=wants_gpu(config, resources))
     identity = Identity.claim(job, resume=config.run.resume)
     prepare_weights(job)

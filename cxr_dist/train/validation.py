@@ -101,9 +101,10 @@ def score_table(
 def weighted_loss(
     logits_NK: npt.NDArray[np.float32], labels_NK: npt.NDArray[np.bool_], pos_weight: tuple[float, ...] | None
 ) -> float:
-    """Mean binary cross-entropy over images and findings in float64, positives weighed by `pos_weight`."""
+    """Mean binary cross-entropy over images and findings in float64, positives weighed by `pos_weight`; NaN if a logit is."""
     logits = logits_NK.astype(np.float64)
     weight = np.ones(logits.shape[1]) if pos_weight is None else np.asarray(pos_weight)
     # -log sigmoid(x) is log(1 + exp(-x)), computed without overflow
-    losses = np.where(labels_NK, weight * np.logaddexp(0, -logits), np.logaddexp(0, logits))
+    with np.errstate(invalid="ignore"):
+        losses = np.where(labels_NK, weight * np.logaddexp(0, -logits), np.logaddexp(0, logits))
     return float(losses.mean())
