@@ -224,6 +224,8 @@ class RunConfig:
     """Name under storage_path and in MLflow; the same name resumes the same run."""
     resume: Literal["auto", "must", "never"] = "auto"
     """auto: go on from the last checkpoint if there is one; must: fail without one; never: fail if there is one."""
+    commit: str = ""
+    """Git commit of the code, for the record; empty: asked of git (a submitted job travels without its .git)."""
 
     def __post_init__(self) -> None:
         _require(

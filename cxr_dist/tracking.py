@@ -42,6 +42,8 @@ PARAMS_PER_REQUEST = 100
 LONGEST_PARAM = 6000
 LONGEST_TAG = 8000
 LONGEST_DIGEST = 36
+EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
+"""Makes MLflow's UI open the experiment as model training, with its charts, and not as language-model traces."""
 CLOSE_S = 30.0
 KILLED_CLOSE_S = 2.0
 
@@ -222,7 +224,9 @@ class TrackedRun:
         found = self._client.get_experiment_by_name(self._experiment)
         if found is None:
             try:
-                created = self._client.create_experiment(self._experiment, _artifacts_beside(self.tracking_uri))
+                created = self._client.create_experiment(
+                    self._experiment, _artifacts_beside(self.tracking_uri), tags=EXPERIMENT_TAGS
+                )
             except MlflowException as error:
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":
                     raise

@@ -25,6 +25,7 @@ FREE = {
     "train.process_group_timeout_s",
     "train.storage_path",
     "run.resume",
+    "run.commit",
     "tracking.uri",
     "model.weights",
     "model.prefix_chunk",

@@ -49,7 +49,7 @@ def train_rank(parameters: dict[str, TrainJob]) -> dict[str, Any]:
     job = parameters["job"]
     ranks = Ranks.join(job.config.train.process_group_timeout_s)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    logging.getLogger("ray").setLevel(logging.WARNING)
+    logging.getLogger("ray.train").setLevel(logging.WARNING)
     device = ray.train.torch.get_device() if job.use_gpu else torch.device("cpu")
     with Monitor(job, ranks) as monitor:
         trainer = Trainer(

@@ -1,6 +1,7 @@
 """A training run as the driver sees it: check, prepare, train on the ranks, evaluate, and keep everything in MLflow."""
 
 import dataclasses
+import getpass
 import json
 import logging
 import tempfile
@@ -12,6 +13,7 @@ import numpy as np
 import ray
 import torch
 import yaml
+from mlflow.utils.mlflow_tags import MLFLOW_GIT_COMMIT, MLFLOW_SOURCE_NAME, MLFLOW_SOURCE_TYPE, MLFLOW_USER
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -209,7 +211,13 @@ def last_line(error: BaseException) -> str:
 
 
 def tags(job: TrainJob, manifest: Manifest) -> dict[str, str]:
+    """What people filter runs by; keys with `mlflow.` are shown by its UI."""
+    commit = job.config.run.commit
     return {
+        **({MLFLOW_GIT_COMMIT: commit} if commit else {}),
+        MLFLOW_SOURCE_NAME: "jobs/train.py",
+        MLFLOW_SOURCE_TYPE: "JOB",
+        MLFLOW_USER: getpass.getuser(),
         "label_set": manifest.label_set,
         "split": "official test list, validation by patient",
         "manifest_sha256": manifest.hash,
