@@ -124,9 +124,9 @@ class OptimizerConfig:
     weight_decay: float = 1e-4
     """L2 penalty (adam, sgd) or decoupled decay (adamw)."""
     schedule: Literal["plateau", "cosine", "constant"] = "plateau"
-    """plateau: a tenth after `plateau_patience` epochs without a lower validation loss; cosine: per step, to zero."""
+    """plateau: a tenth after more than `plateau_patience` epochs without a lower validation loss; cosine: per step, to zero."""
     plateau_patience: int = 3
-    """Epochs without a lower validation loss before the plateau schedule lowers the rate."""
+    """Epochs without a lower validation loss that the plateau schedule waits out; the next one lowers the rate."""
     warmup_epochs: float = 0.0
     """Linear warm-up from zero, epochs (cosine and constant)."""
 

@@ -41,11 +41,3 @@ class Ranks:
         total = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(total, group=self.group)
         return total.tolist()
-
-    def from_first(self, value: Any) -> Any:
-        """Rank 0's value, on every rank."""
-        if self.world_size == 1:
-            return value
-        values = [value]
-        dist.broadcast_object_list(values, src=0, group=self.group)
-        return values[0]

@@ -113,9 +113,8 @@ class Progress:
         in_order = [name for step in zip(*ids_of_ranks, strict=True) for share in step for name in share]
         self.samples_sha256 = chain(self.samples_sha256, in_order)
         score = validation.mean_auroc
-        self.is_best = self.best_epoch is None or (
-            score is not None and (self.best_auroc is None or score > self.best_auroc)
-        )
+        # where no epoch has a score, the last one stands for the best
+        self.is_best = self.best_auroc is None or (score is not None and score > self.best_auroc)
         if self.is_best:
             self.best_auroc, self.best_epoch, self.epochs_without_gain = score, self.epochs, 0
         else:

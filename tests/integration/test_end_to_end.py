@@ -5,6 +5,9 @@ trained for all tests of this file; what is asserted comes from the MLflow serve
 """
 
 import json
+import os
+import re
+import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -202,6 +205,26 @@ def test_a_stopped_job_is_killed_in_mlflow_and_goes_on_to_the_same_result(jobs, 
     assert [point.step for point in history] == [
         point.step for point in client.get_metric_history(trained.result["run_id"], "train/loss")
     ]
+
+
+def test_a_killed_worker_costs_no_sample_and_no_step(jobs, train, client, trained):
+    job_id = submit(jobs, f"{train} --run.name killed")
+
+    def first_epoch_is_over() -> bool:
+        return any("val/loss" in found.data.metrics for found in find(client, "killed"))
+
+    running = wait(jobs, job_id, until=first_epoch_is_over)
+    workers = re.findall(r"RayTrainWorker pid=(\d+)", running.logs)
+    os.kill(int(workers[-1]), signal.SIGKILL)
+    job = wait(jobs, job_id)
+    assert job.status == JobStatus.SUCCEEDED, job.logs[-6000:]
+    assert "resumed from step" in job.logs
+    for key in ("samples_sha256", "weights_sha256", "test_auroc"):
+        assert job.result[key] == trained.result[key], key
+    [found] = find(client, "killed")
+    assert found.info.status == "FINISHED"
+    steps = [point.step for point in client.get_metric_history(found.info.run_id, "train/loss")]
+    assert steps == list(range(1, job.result["steps"] + 1))
 
 
 def test_a_run_that_fails_is_failed_in_mlflow(jobs, train, client, ingested):
