@@ -70,11 +70,11 @@ def score_split(
         batch_size=1,
         num_cpus=1,
         compute=ray.data.TaskPoolStrategy(size=max(1, min(decode.num_tasks, free_cpus(0 if use_gpu else num_scorers)))),
-        ray_remote_args_fn=_retries,
+        max_retries=TASK_RETRIES,
     ).map_batches(
         Scorer,
         fn_constructor_args=(checkpoint_uri, config.train.threads_per_worker),
-        batch_size=None,
+        batch_size=decode.groups_per_task * manifest.row_group,  # Ray wants a number where GPUs are asked for
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(size=num_scorers),
         num_gpus=1 if use_gpu else 0,
@@ -82,10 +82,6 @@ def score_split(
     )
     parts = list(blocks.iter_batches(batch_size=None, batch_format="pyarrow"))
     return _checked(pa.concat_tables(parts), rows, split, findings, num_rows, config.data.max_corrupt)
-
-
-def _retries() -> dict[str, int]:
-    return {"max_retries": TASK_RETRIES}
 
 
 def _checked(

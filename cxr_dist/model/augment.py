@@ -1,8 +1,8 @@
 """From uint8 grey pixels to the network's input, on the device: random affine, flip, normalisation, channels.
 
 The distribution is that of torchvision's RandomAffine(5, translate=0.02, scale=(0.95, 1.05), shear=5) followed by
-RandomHorizontalFlip(0.5), with bilinear sampling, black outside, and shifts that are not rounded to whole pixels. The random numbers come with the batch
-(`data.plan.draws`); nothing random happens here.
+RandomHorizontalFlip(0.5), with bilinear sampling, black outside, and shifts that are not rounded to whole pixels. The
+random numbers come with the batch (`data.plan.draws`); nothing random happens here.
 """
 
 import math

@@ -58,6 +58,8 @@ def log_sum_exp_pool(maps_BCHW: Tensor, r: float) -> Tensor:
     Pinheiro and Collobert, From Image-level to Pixel-level Labeling with Convolutional Networks, 2015.
     """
     flat_BCN = maps_BCHW.flatten(2)
+    if flat_BCN.dtype != torch.float64:
+        flat_BCN = flat_BCN.float()  # r times a 16-bit activation would keep two or three digits
     count = torch.tensor(float(flat_BCN.shape[2]), dtype=flat_BCN.dtype, device=flat_BCN.device)
     return (torch.logsumexp(r * flat_BCN, dim=2) - torch.log(count)) / r
 
@@ -101,5 +103,5 @@ def run_prefix(prefix: Prefix, images_BCSS: Tensor, chunk: int) -> Tensor:
             if missing:
                 images = torch.cat([images, images.new_zeros(missing, *images.shape[1:])])
             features.append(prefix(images.contiguous(memory_format=torch.channels_last))[: chunk - missing])
-    # a tensor made in inference mode cannot enter autograd; a clone can
-    return torch.cat(features).clone()
+    # a tensor made in inference mode cannot enter autograd; this one is made outside
+    return torch.cat(features)

@@ -86,6 +86,8 @@ class Trainer:
         self.config = job.config.train
         if device.type == "cpu":
             torch.set_num_threads(self.config.threads_per_worker)
+        else:
+            torch.cuda.set_device(device)
         torch.backends.cudnn.deterministic = True
         initial = weights.restore(storage.read_bytes(storage.join(job.folder, "initial.pt")), "initial.pt")
         self.network = Network.build(

@@ -126,9 +126,9 @@ def test_no_patience_never_stops() -> None:
     assert run([0.9] + [0.1] * 30, patience=0)[2] == [False] * 31
 
 
-def test_undefined_scores_are_worse_than_any() -> None:
+def test_undefined_scores_are_worse_than_any_and_the_last_of_them_stands_for_the_best() -> None:
     progress, best, _ = run([None, None, 0.1, None, 0.2], patience=0)
-    assert best == [True, False, True, False, True]
+    assert best == [True, True, True, False, True]
     assert (progress.best_auroc, progress.best_epoch) == (0.2, 4)
 
 
