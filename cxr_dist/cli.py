@@ -87,6 +87,8 @@ def parse(
     for name in Config.__dataclass_fields__:
         if not isinstance(parsed[name], jsonargparse.Namespace):
             raise ConfigError(f"{name}: found {parsed[name]!r}, expected keys and values, such as in --print_config")
+    if parsed.json and not Path(parsed.json).absolute().parent.is_dir():
+        raise ConfigError(f"--json: found no folder {Path(parsed.json).absolute().parent}; make it or give another")
     built = parser.instantiate_classes(parsed)
     config = Config(**{name: getattr(built, name) for name in Config.__dataclass_fields__})
     return config, argparse.Namespace(**vars(parsed))
@@ -111,10 +113,10 @@ def run_job(
         sys.exit(1)
     _leave_ray()
     line = json.dumps(result, allow_nan=False)
-    if args.json:
-        Path(args.json).write_text(line + "\n")
     sys.stderr.flush()
     print(line, flush=True)
+    if args.json:
+        Path(args.json).write_text(line + "\n")
     sys.exit(0)
 
 

@@ -180,6 +180,8 @@ class TrainConfig:
     """URI under which the run's checkpoints and scores are kept."""
     max_failures: int = 3
     """Times that a failed group of workers is started again from the last checkpoint."""
+    wait_for_nodes_s: int = 0
+    """Longest wait for an autoscaling cluster to bring up the nodes of this run, seconds; 0: they must be there."""
     log_every_steps: int = 50
     """Steps between progress lines and metrics."""
     process_group_timeout_s: int = 300
@@ -190,7 +192,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("num_workers", "threads_per_worker", "global_batch", "epochs", "log_every_steps"):
             _require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "1 or more")
-        for name in ("micro_batch", "views", "patience", "max_failures", "seed"):
+        for name in ("micro_batch", "views", "patience", "max_failures", "wait_for_nodes_s", "seed"):
             _require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "0 or more")
         _require(self.cpus_per_worker > 0, "train.cpus_per_worker", self.cpus_per_worker, "a positive number of CPUs")
         _require(

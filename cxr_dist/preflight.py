@@ -17,6 +17,7 @@ from mlflow.exceptions import MlflowException
 from cxr_dist import storage
 from cxr_dist.capacity import check_batches, check_resources, wants_gpu
 from cxr_dist.config import Config, flatten
+from cxr_dist.data.images import PIXELS_VERSION
 from cxr_dist.data.manifest import MANIFEST, Manifest
 from cxr_dist.errors import ConfigError, DataError, InputError
 from cxr_dist.scrub import has_secret, scrub
@@ -127,6 +128,7 @@ def check_dataset(config: Config) -> Manifest:
                 f"data.{name}: found {wanted!r}, but the dataset at {storage.shown(uri)} was ingested with {there!r}; "
                 f"set data.{name} to {there!r}, or ingest again to another data.uri"
             )
+    check_pixels(manifest)
     for split in ("train", "validation"):
         if split not in manifest.splits or manifest.splits[split].num_rows == 0:
             raise DataError(
@@ -134,6 +136,15 @@ def check_dataset(config: Config) -> Manifest:
                 "ingest a larger part of the release or another data.validation_fraction"
             )
     return manifest
+
+
+def check_pixels(manifest: Manifest) -> None:
+    """The dataset's pixels are those that this version makes."""
+    if manifest.pixels_version != PIXELS_VERSION:
+        raise DataError(
+            f"{storage.shown(manifest.uri)}: found pixels_version {manifest.pixels_version!r}, this version makes "
+            f"{PIXELS_VERSION!r}; ingest again to another data.uri, or use the version that wrote it"
+        )
 
 
 def check_positives(manifest: Manifest, config: Config) -> None:

@@ -27,16 +27,7 @@ from cxr_dist.errors import InputError
 from cxr_dist.journal import MetricJournal
 from cxr_dist.scrub import scrub, scrub_items
 
-__all__ = ["CLIENT_ENVIRONMENT", "TrackedRun", "absolute_uri", "open_run"]
-
-CLIENT_ENVIRONMENT = {
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "DO_NOT_TRACK": "true",
-}
-"""What a job's entry point sets (`os.environ.setdefault`, and in the workers' runtime_env) before it imports this module:
-MLflow's defaults, 7 retries with up to 2 minutes each and usage reports to its makers, are read from the environment alone."""
+__all__ = ["TrackedRun", "absolute_uri", "open_run"]
 
 PARAMS_PER_REQUEST = 100
 LONGEST_PARAM = 6000

@@ -1,6 +1,6 @@
 """Judge a model: scores in, report out (AUROC with intervals, thresholds from validation, figures, tables).
 
-python jobs/evaluate.py --checkpoint s3://bucket/runs/NAME/best --config jobs/configs/nih8.yaml
+python jobs/evaluate.py --checkpoint s3://bucket/runs/NAME --config jobs/configs/nih8.yaml --data.uri s3://bucket/nih8
 python jobs/evaluate.py --scores preds.csv --data.labels Data_Entry_2017_v2020.csv.gz
 """
 

@@ -135,6 +135,7 @@ def make_job(
         pos_weight=pos_weight,
         folder=where,
         manifest_sha256="0" * 64,
+        pixels_version="grey-bilinear-1",
         tracking_uri="sqlite:///unused.db",
         run_id="run",
         use_gpu=False,

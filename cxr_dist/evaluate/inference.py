@@ -20,12 +20,12 @@ from cxr_dist.data.manifest import Manifest
 from cxr_dist.data.nih import FINDINGS
 from cxr_dist.data.plan import Split
 from cxr_dist.data.shards import ShardReader
-from cxr_dist.errors import RunError
-from cxr_dist.evaluate.scores import ScoreTable
+from cxr_dist.errors import ConfigError, DataError, RunError
+from cxr_dist.evaluate.scores import ScoreTable, from_logits
 from cxr_dist.model import weights
 from cxr_dist.model.network import Network
+from cxr_dist.preflight import check_pixels
 from cxr_dist.train.checkpoint import load_checkpoint
-from cxr_dist.train.validation import score_table
 
 __all__ = ["score_split"]
 
@@ -45,9 +45,10 @@ def score_split(
     The model is the one that the checkpoint was trained as, whatever `config` says; the dataset is `config.data.uri`.
     """
     manifest = Manifest.load(config.data.uri)
+    checkpoint = load_checkpoint(checkpoint_uri)
+    check_fits(manifest, checkpoint, split)
     rows = manifest.rows(split)
     num_rows = rows.num_rows if max_images is None else min(max_images, rows.num_rows)
-    checkpoint = load_checkpoint(checkpoint_uri)
     findings = tuple(checkpoint["findings"])
     decode = DecodeGroups(
         RowDecoder(
@@ -61,7 +62,9 @@ def score_split(
         groups_per_task=max(1, TASK_IMAGES // manifest.row_group),
         num_groups=math.ceil(num_rows / manifest.row_group),
     )
-    num_scorers = config.train.num_workers if use_gpu else 1
+    num_scorers = min(config.train.num_workers, int(ray.cluster_resources()["GPU"])) if use_gpu else 1
+    if not use_gpu and ray.cluster_resources().get("CPU", 0) < 2:
+        raise ConfigError("cluster: found less than 2 CPUs, expected one to decode and one to score; add nodes")
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     tasks = ray.data.from_items(list(range(decode.num_tasks)), override_num_blocks=decode.num_tasks)
@@ -82,6 +85,28 @@ def score_split(
     )
     parts = list(blocks.iter_batches(batch_size=None, batch_format="pyarrow"))
     return _checked(pa.concat_tables(parts), rows, split, findings, num_rows, config.data.max_corrupt)
+
+
+def check_fits(manifest: Manifest, checkpoint: dict[str, Any], split: str) -> None:
+    """The split is one that the checkpoint may be judged on; DataError otherwise.
+
+    Test images of another dataset are fair, images of its validation split may be what the model was trained on.
+    """
+    check_pixels(manifest)
+    where = storage.shown(manifest.uri)
+    if manifest.size != checkpoint["size"]:
+        raise DataError(
+            f"data.uri {where}: found images of {manifest.size} pixels, expected {checkpoint['size']}, which the "
+            "checkpoint was trained on; ingest that size to another data.uri"
+        )
+    if manifest.hash != checkpoint["manifest_sha256"]:
+        if split != "test":
+            raise DataError(
+                f"data.uri {where}: found the dataset with manifest {manifest.hash[:12]}…, expected "
+                f"{checkpoint['manifest_sha256'][:12]}…, which the checkpoint was trained on: another dataset's {split} "
+                "split may hold its training images; give that dataset"
+            )
+        log.warning("data.uri %s is not the dataset that the checkpoint was trained on", where)
 
 
 def _checked(
@@ -107,7 +132,7 @@ def _checked(
     scored = scored.filter(pa.compute.equal(scored["state"], OK)).combine_chunks()
     logits = fixed_rows(scored["logits"], np.dtype("<f4")).copy()
     labels = fixed_rows(scored["labels"], np.uint8) == 1
-    return score_table(rows.take(scored["row"]), split, findings, logits, labels)
+    return from_logits(rows.take(scored["row"]), split, findings, logits, labels)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from cxr_dist import storage
 from cxr_dist.data import nih
 from cxr_dist.errors import DataError
 
-__all__ = ["FORMAT", "ScoreTable", "read", "read_external", "write"]
+__all__ = ["FORMAT", "ScoreTable", "from_logits", "read", "read_external", "write"]
 
 FORMAT = "cxr-dist/scores/1"
 _PREFIX = "prob_"
@@ -77,6 +77,25 @@ class ScoreTable:
             logits_NK=None if self.logits_NK is None else self.logits_NK[keep_N],
             labels_NK=self.labels_NK[keep_N],
         )
+
+
+def from_logits(
+    rows: pa.Table,
+    split: str,
+    findings: tuple[str, ...],
+    logits_NK: NDArray[np.float32],
+    labels_NK: NDArray[np.bool_],
+) -> ScoreTable:
+    """A score table from logits and the manifest's rows of the same images."""
+    return ScoreTable(
+        image_ids=np.array(rows["image_id"].to_pylist()),
+        patient_ids=rows["patient_id"].to_numpy().astype(np.int64),
+        split=split,
+        findings=findings,
+        probabilities_NK=1 / (1 + np.exp(-logits_NK.astype(np.float64))),
+        logits_NK=logits_NK,
+        labels_NK=labels_NK,
+    )
 
 
 def write(table: ScoreTable, uri_or_path: str | Path) -> None:

@@ -21,6 +21,7 @@ FREE = {
     "train.threads_per_worker",
     "train.micro_batch",
     "train.max_failures",
+    "train.wait_for_nodes_s",
     "train.log_every_steps",
     "train.process_group_timeout_s",
     "train.storage_path",

@@ -31,6 +31,7 @@ class TrainJob:
     folder: str
     """URI of the run's folder in storage."""
     manifest_sha256: str
+    pixels_version: str
     tracking_uri: str
     run_id: str
     use_gpu: bool

@@ -267,6 +267,8 @@ class Trainer:
             "findings": list(self.job.findings),
             "model": dataclasses.asdict(self.job.config.model),
             "precision": self.config.precision,
+            "size": self.job.size,
+            "pixels_version": self.job.pixels_version,
             "manifest_sha256": self.job.manifest_sha256,
             "plan_sha256": self.job.plan.sha256,
             "run_id": self.job.run_id,

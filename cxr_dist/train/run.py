@@ -1,5 +1,6 @@
 """A training run as the driver sees it: check, prepare, train on the ranks, evaluate, and keep everything in MLflow."""
 
+import contextlib
 import dataclasses
 import getpass
 import json
@@ -26,7 +27,7 @@ from cxr_dist.data.nih import FINDINGS
 from cxr_dist.data.plan import Plan, Split
 from cxr_dist.data.shards import ShardReader
 from cxr_dist.data.stream import PlanDataConfig
-from cxr_dist.errors import RunError
+from cxr_dist.errors import InputError, RunError
 from cxr_dist.evaluate import report, scores
 from cxr_dist.evaluate.inference import score_split
 from cxr_dist.model import weights
@@ -57,19 +58,23 @@ def train(config: Config) -> dict[str, Any]:
     manifest = preflight.run(config)
     held = config.train.num_workers * config.train.cpus_per_worker
     cluster.connect(held + max(1, config.data.decode_workers))
-    resources = ray.cluster_resources()
-    preflight.check_resources(config, resources, ray.nodes())
-    job = make_job(config, manifest, use_gpu=wants_gpu(config, resources))
+    job = make_job(config, manifest)
     identity = Identity.claim(job, resume=config.run.resume)
     prepare_weights(job)
-    with open_run(
-        config,
-        run_id=identity.run_id,
-        params=flatten(config),
-        tags=tags(job, manifest),
-        storage_dir=local_folder(config.run.name),
-    ) as tracked:
-        job = dataclasses.replace(job, run_id=tracked.run_id)
+    with contextlib.ExitStack() as closing:
+        closing.enter_context(cluster.room_for(bundles(config), config.train.wait_for_nodes_s))
+        resources = ray.cluster_resources()
+        preflight.check_resources(config, resources, ray.nodes())
+        tracked = closing.enter_context(
+            open_run(
+                config,
+                run_id=identity.run_id,
+                params=flatten(config),
+                tags=tags(job, manifest),
+                storage_dir=local_folder(config.run.name),
+            )
+        )
+        job = dataclasses.replace(job, run_id=tracked.run_id, use_gpu=wants_gpu(config, resources))
         identity.record(job)
         describe(tracked, job, manifest)
         trained = fit(job, num_decoders=config.data.decode_workers or cluster.free_cpus(held))
@@ -99,7 +104,14 @@ def with_defaults(config: Config) -> Config:
     )
 
 
-def make_job(config: Config, manifest: Manifest, *, use_gpu: bool) -> TrainJob:
+def bundles(config: Config) -> list[dict[str, float]]:
+    """What the run needs of the cluster: a bundle a rank, and one a decoding process."""
+    gpu = {"GPU": 1.0} if config.train.use_gpu == "yes" else {}
+    ranks = [{"CPU": config.train.cpus_per_worker, **gpu}] * config.train.num_workers
+    return ranks + [{"CPU": 1.0}] * max(1, config.data.decode_workers)
+
+
+def make_job(config: Config, manifest: Manifest) -> TrainJob:
     """The run as its ranks see it; ConfigError where batch, row groups and world size do not fit."""
     findings = tuple(name for name in manifest.findings if name not in config.train.skip_findings)
     splits = {
@@ -128,8 +140,9 @@ def make_job(config: Config, manifest: Manifest, *, use_gpu: bool) -> TrainJob:
         folder=run_folder(config.train.storage_path, config.run.name),
         manifest_sha256=manifest.hash,
         tracking_uri=config.tracking.uri,
+        pixels_version=manifest.pixels_version,
         run_id="",
-        use_gpu=use_gpu,
+        use_gpu=False,
     )
 
 
@@ -199,7 +212,8 @@ def fit(job: TrainJob, *, num_decoders: int) -> dict[str, Any]:
         rank, cause = min(failures.items())
         raise RunError(f"training failed on rank {rank}: {last_line(cause)}") from error
     finally:
-        storage.delete_dir(storage.join(job.folder, "ray"))
+        with contextlib.suppress(OSError, InputError):  # Ray's own notes on this attempt; nothing reads them again
+            storage.delete_dir(storage.join(job.folder, "ray"))
     if "error" in result:
         raise RunError(result["error"])
     return result

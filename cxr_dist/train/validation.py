@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 
 from cxr_dist import storage
 from cxr_dist.data.manifest import Manifest
@@ -13,7 +12,7 @@ from cxr_dist.errors import RunError
 from cxr_dist.evaluate import metrics, scores
 from cxr_dist.train.job import TrainJob
 
-__all__ = ["Scored", "Validation", "score_table"]
+__all__ = ["Scored", "Validation"]
 
 VALIDATION_SCORES = "scores/validation.parquet"
 
@@ -75,27 +74,8 @@ class Validation:
     def write_scores(self, job: TrainJob) -> None:
         """Keep these scores with the run: they are the best so far, and thresholds are fitted on them."""
         rows = Manifest.load(job.config.data.uri).rows("validation").take(self.rows_N)
-        table = score_table(rows, "validation", job.findings, self.logits_NK, self.labels_NK)
+        table = scores.from_logits(rows, "validation", job.findings, self.logits_NK, self.labels_NK)
         scores.write(table, storage.join(job.folder, VALIDATION_SCORES))
-
-
-def score_table(
-    rows: pa.Table,
-    split: str,
-    findings: tuple[str, ...],
-    logits_NK: npt.NDArray[np.float32],
-    labels_NK: npt.NDArray[np.bool_],
-) -> scores.ScoreTable:
-    """A score table from logits and the manifest's rows of the same images."""
-    return scores.ScoreTable(
-        image_ids=np.array(rows["image_id"].to_pylist()),
-        patient_ids=rows["patient_id"].to_numpy().astype(np.int64),
-        split=split,
-        findings=findings,
-        probabilities_NK=1 / (1 + np.exp(-logits_NK.astype(np.float64))),
-        logits_NK=logits_NK,
-        labels_NK=labels_NK,
-    )
 
 
 def weighted_loss(

@@ -30,7 +30,7 @@ EPOCHS = 4
 TRAIN = (
     "python jobs/train.py --config jobs/configs/nih14.yaml --data.uri s3://cxr/nih --data.size 64"
     " --model.weights random --model.bn_group 8 --model.prefix_chunk 8"
-    " --train.num_workers 2 --train.cpus_per_worker 0.5 --train.global_batch 32 --train.log_every_steps 1"
+    " --train.use_gpu no --train.num_workers 2 --train.cpus_per_worker 0.5 --train.global_batch 32 --train.log_every_steps 1"
     f" --train.epochs {EPOCHS} --train.storage_path s3://cxr/runs --evaluate.bootstrap 50"
 )
 ARTIFACTS = {
@@ -43,12 +43,14 @@ ARTIFACTS = {
     "curves.csv",
     "config.yaml",
     "scores.parquet",
+    "split_audit.json",
 }
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 @dataclass
 class Submitted:
-    """A finished job: its status and the JSON object on the last line that it printed, if any."""
+    """A finished job, and the JSON object on the last line that it printed."""
 
     status: JobStatus
     exit_code: int | None
@@ -56,8 +58,7 @@ class Submitted:
 
     @property
     def result(self) -> dict:
-        lines = [line for line in self.logs.splitlines() if line.startswith("{")]
-        return json.loads(lines[-1])
+        return json.loads(self.logs.splitlines()[-1])
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +123,7 @@ def ingested(jobs, release) -> dict:
 
 @pytest.fixture(scope="module")
 def trained(jobs, train, ingested) -> Submitted:
-    return run(jobs, f"{train} --run.name straight")
+    return run(jobs, f"{train} --run.name straight --run.commit {COMMIT}")
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +158,15 @@ def test_a_submitted_run_ends_with_everything_in_mlflow(trained, client, manifes
     assert np.isfinite([point.value for point in history]).all()
     validated = client.get_metric_history(found.info.run_id, "val/auroc_mean")
     assert [point.step for point in validated] == [steps * (epoch + 1) for epoch in range(EPOCHS)]
+    assert [point.step for point in client.get_metric_history(found.info.run_id, "val/loss")] == [
+        point.step for point in validated
+    ]
+    assert {"train/images_per_s", "train/data_wait_fraction", "train/lr"} <= set(found.data.metrics)
     assert any(name.startswith("system/node0") for name in found.data.metrics)
+    assert found.data.tags["mlflow.source.git.commit"] == COMMIT
+    for finding, value in result["test_auroc"].items():
+        name = "test/auroc_mean" if finding == "mean" else f"test/auroc/{finding}"
+        assert found.data.metrics.get(name) == pytest.approx(value)
 
     rows = {name: split.num_rows for name, split in manifest.splits.items()}
     assert result["n_scored"] == {"val": rows["validation"], "test": rows["test"]}
@@ -254,7 +263,7 @@ def test_evaluate_judges_a_checkpoint_as_the_run_did(jobs, trained):
         ("--data.uri s3://no-such-bucket/nih", "bucket"),
         ("--tracking.uri http://127.0.0.1:9", "no MLflow server answers"),
         ("--train.cpus_per_worker 2", "leave 0 for decoding"),
-        ("--train.use_gpu yes", "GPU"),
+        ("--train.use_gpu yes", "the cluster has 0 GPUs"),
         ("--train.global_batch 36", "multiple of"),
     ],
 )

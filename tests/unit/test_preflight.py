@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from cxr_dist import capacity, preflight
 from cxr_dist.config import Config, DataConfig, ModelConfig, TrackingConfig, TrainConfig
+from cxr_dist.data.images import PIXELS_VERSION
 from cxr_dist.data.manifest import ROW_GROUPS_SCHEMA, Manifest, Split
 from cxr_dist.data.nih import LABELS_SCHEMA
 from cxr_dist.errors import ConfigError, DataError, InputError
@@ -35,7 +36,7 @@ def _manifest(train: int = 10, validation: int = 4, **positives: int) -> Manifes
         findings=FINDINGS,
         encoding="pixels",
         size=64,
-        pixels_version="1",
+        pixels_version=PIXELS_VERSION,
         row_group=8,
         in_place=False,
         seed=0,
@@ -219,6 +220,11 @@ class TestDataset:
             preflight.check_dataset,
             _data(uri, **{name: wanted}),
         )
+
+    def test_pixels_of_another_version(self, tmp_path: Path) -> None:
+        uri = _save(dataclasses.replace(_manifest(), pixels_version="grey-0"), tmp_path)
+        with pytest.raises(DataError, match="found pixels_version 'grey-0', this version makes 'grey-bilinear-1'"):
+            preflight.check_dataset(_data(uri))
 
     def test_no_uri(self) -> None:
         with pytest.raises(ConfigError, match=r"^data\.uri: found nothing, expected"):
