@@ -36,7 +36,8 @@ format: install  ## format the code
 	$(BIN)/ruff format .
 
 lock: install  ## pin what is installed now
-	{ echo "# What was tested, pinned; written by make lock."; $(BIN)/python -m pip freeze --exclude-editable; } > requirements.lock
+	$(BIN)/python -m pip freeze --all --exclude-editable --exclude pip > $(VENV)/freeze
+	{ echo "# What was tested, pinned; written by make lock."; cat $(VENV)/freeze; } > requirements.lock
 
 clean:  ## remove what make made
-	rm -rf $(VENV) outputs demo-out .stack
+	rm -rf $(VENV) outputs demo-out .stack mlflow.db mlflow-artifacts
