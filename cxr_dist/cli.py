@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 import jsonargparse
 
+from cxr_dist import environment
 from cxr_dist.config import Config
 from cxr_dist.errors import ConfigError, InputError, RunError
 from cxr_dist.scrub import scrub
@@ -98,18 +99,22 @@ def run_job(
     main: Job, *, description: str, extra: Callable[[Any], None] | None = None, argv: list[str] | None = None
 ) -> NoReturn:
     """Run a job from its command line and leave the process with the right exit code."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname).1s %(message)s", stream=sys.stderr)
+    environment.apply()
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(ScrubbedFormatter("%(asctime)s %(levelname).1s %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     try:
         config, args = parse(description, extra, argv)
         result = main(config, args)
     except InputError as error:
-        print(f"error: {scrub(str(error))}", file=sys.stderr)
+        # raised in a Ray task, the error's text is a whole traceback with the sentence at its end
+        print(f"error: {scrub(str(getattr(error, 'cause', error)))}", file=sys.stderr)
         sys.exit(2)
     except RunError as error:
-        log.error("failed: %s", scrub(str(error)))
+        log.error("failed: %s", error)
         sys.exit(1)
     except Exception as error:
-        log.exception("failed: %s", scrub(str(error)))
+        log.exception("failed: %s", error)
         sys.exit(1)
     _leave_ray()
     line = json.dumps(result, allow_nan=False)
@@ -118,6 +123,13 @@ def run_job(
     if args.json:
         Path(args.json).write_text(line + "\n")
     sys.exit(0)
+
+
+class ScrubbedFormatter(logging.Formatter):
+    """Log lines and tracebacks without the secrets that a URL or a message may hold."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return scrub(super().format(record))
 
 
 def _leave_ray() -> None:

@@ -1,35 +1,25 @@
 """Connection to Ray: the cluster that the job was submitted to, or a local one."""
 
-import contextlib
 import logging
 import math
 import os
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ray
 from ray.autoscaler.sdk import request_resources
 from ray.util.annotations import RayDeprecationWarning
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cxr_dist.errors import InputError
+from cxr_dist import environment, storage
+from cxr_dist.errors import ConfigError, InputError
 
-__all__ = ["ENVIRONMENT", "connect", "free_cpus", "room_for"]
+__all__ = ["check_visible", "connect", "free_cpus", "wait_for_room"]
 
 log = logging.getLogger(__name__)
-
-ENVIRONMENT = {
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "DO_NOT_TRACK": "true",
-    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
-    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
-}
-"""What driver and workers run with, unless the environment says otherwise. MLflow reads these from there alone, and its
-defaults are 7 retries of up to 2 minutes and usage reports to its makers; Ray prints lines twice and draws bars in logs."""
 
 POLL_S = 2.0
 
@@ -41,14 +31,13 @@ def connect(num_cpus_needed: float = 0) -> None:
     a core is slow, a stream without a CPU stands still. RAY_ADDRESS=local always starts one of its own. Does nothing
     where Ray is already up.
     """
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+    environment.apply()
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     warnings.simplefilter("ignore", RayDeprecationWarning)
     if ray.is_initialized():
         return
     # only what is set here travels; the cluster's own credentials stay its own
-    options: dict[str, Any] = {"logging_level": logging.WARNING, "runtime_env": {"env_vars": ENVIRONMENT}}
+    options: dict[str, Any] = {"logging_level": logging.WARNING, "runtime_env": {"env_vars": environment.SETTINGS}}
     address = os.environ.get("RAY_ADDRESS", "auto")
     if address != "local":
         try:
@@ -67,15 +56,14 @@ def connect(num_cpus_needed: float = 0) -> None:
     ray.init(address="local", num_cpus=num_cpus, include_dashboard=True, **options)
 
 
-@contextlib.contextmanager
-def room_for(bundles: Sequence[Mapping[str, float]], wait_s: float) -> Iterator[None]:
-    """Keep an autoscaling cluster at a size that holds all bundles while the block runs; wait `wait_s` seconds at most.
+def wait_for_room(bundles: Sequence[Mapping[str, float]], wait_s: float) -> None:
+    """Ask an autoscaling cluster for room for all bundles and wait for it, `wait_s` seconds at most.
 
     The cluster grows by itself only for work that waits, and a job that checks first would find nothing to work on.
-    With 0 nothing is asked for. Returns when the room is there or the time is up: the caller checks what came.
+    With 0 nothing is asked for. Returns when the room is there or the time is up, and takes the request back: it would
+    outlive the job and keep paid nodes. The caller checks what came. (A cluster holds one such request at a time.)
     """
     if not wait_s:
-        yield
         return
     wanted: Counter[str] = Counter()
     for bundle in bundles:
@@ -86,9 +74,25 @@ def room_for(bundles: Sequence[Mapping[str, float]], wait_s: float) -> Iterator[
         log.info("waiting up to %.0f s for nodes with %s", wait_s, dict(wanted))
         while time.monotonic() < deadline and not _holds(ray.cluster_resources(), wanted):
             time.sleep(POLL_S)
-        yield
     finally:
         request_resources(bundles=[])
+
+
+def check_visible(uris: Mapping[str, str]) -> None:
+    """Every machine of the cluster sees the local files of `uris` (config key to path); ConfigError names one that does not."""
+    local = {key: uri for key, uri in uris.items() if storage.is_local(uri)}
+    hosts = {node["NodeManagerAddress"]: node["NodeID"] for node in ray.nodes() if node["Alive"]}
+    if not local or len(hosts) < 2:
+        return
+    probe = ray.remote(num_cpus=0)(lambda paths: [key for key, path in paths.items() if not os.path.exists(path)])
+    for host, node_id in hosts.items():
+        affinity = NodeAffinitySchedulingStrategy(node_id=node_id, soft=False)
+        missing = ray.get(probe.options(scheduling_strategy=affinity).remote(local))
+        if missing:
+            raise ConfigError(
+                f"{missing[0]}: {local[missing[0]]} is not there on {host}; on several machines give a path that all of "
+                "them share, or an object store (s3://…)"
+            )
 
 
 def _holds(resources: Mapping[str, float], wanted: Mapping[str, float]) -> bool:

@@ -155,7 +155,7 @@ class TrainConfig:
     cpus_per_worker: float = 1.0
     """Logical CPUs that Ray reserves for a rank."""
     threads_per_worker: int = 1
-    """Compute threads of a rank on CPU; sums depend on it, so it is part of a run's identity."""
+    """Compute threads of a rank on CPU; how sums round depends on it: bitwise equality holds at one number only."""
     global_batch: int = 16
     """Images in one optimizer step, over all ranks."""
     micro_batch: int = 0
@@ -192,6 +192,12 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("num_workers", "threads_per_worker", "global_batch", "epochs", "log_every_steps"):
             _require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "1 or more")
+        _require(
+            not (self.wait_for_nodes_s and self.use_gpu == "auto"),
+            "train.use_gpu",
+            self.use_gpu,
+            "yes or no with train.wait_for_nodes_s: what to ask the cluster for is not to be guessed",
+        )
         for name in ("micro_batch", "views", "patience", "max_failures", "wait_for_nodes_s", "seed"):
             _require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "0 or more")
         _require(self.cpus_per_worker > 0, "train.cpus_per_worker", self.cpus_per_worker, "a positive number of CPUs")
@@ -243,7 +249,7 @@ class TrackingConfig:
     """The MLflow server and experiment that hold the run."""
 
     uri: str = "sqlite:///mlflow.db"
-    """MLflow tracking URI: sqlite:///…, http(s)://… or a database URL without a password in it."""
+    """MLflow tracking URI: sqlite:///…, http(s)://… or a database (postgresql+psycopg2://USER@HOST/NAME; PGPASSWORD)."""
     experiment: str = "cxr-dist"
     """MLflow experiment."""
 

@@ -129,11 +129,15 @@ def check_dataset(config: Config) -> Manifest:
                 f"set data.{name} to {there!r}, or ingest again to another data.uri"
             )
     check_pixels(manifest)
-    for split in ("train", "validation"):
+    for split in ("train", "validation", *(["test"] if config.evaluate.test else [])):
         if split not in manifest.splits or manifest.splits[split].num_rows == 0:
             raise DataError(
-                f"{storage.shown(uri)}: found no images in the {split} split, expected some; "
-                "ingest a larger part of the release or another data.validation_fraction"
+                f"{storage.shown(uri)}: found no images in the {split} split, expected some; ingest a larger part of the "
+                + (
+                    "release, or set evaluate.test to false"
+                    if split == "test"
+                    else "release or another data.validation_fraction"
+                )
             )
     return manifest
 

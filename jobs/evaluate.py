@@ -5,6 +5,7 @@ python jobs/evaluate.py --scores preds.csv --data.labels Data_Entry_2017_v2020.c
 """
 
 import argparse
+import dataclasses
 from pathlib import Path
 from typing import Any, Literal
 
@@ -64,20 +65,31 @@ def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     return {**report, "n_left_out": dropped, "labels": labels, "out": str(args.out)}
 
 
-def _score(config: Config, checkpoint_uri: str, split: str) -> tuple[ScoreTable, ScoreTable]:
-    """The scores of a split by a checkpoint, and those of validation, which thresholds are chosen on."""
+def _score(config: Config, checkpoint_uri: str, split: str) -> tuple[ScoreTable, ScoreTable | None]:
+    """The scores of a split by a checkpoint, and those of the run's validation split, for thresholds; None if the
+    dataset is not the run's."""
+    if not config.data.uri:
+        raise ConfigError("data.uri: found nothing, expected the URI that jobs/ingest.py wrote the dataset to")
     import ray  # only this branch needs Ray and torch, which take seconds to import
 
     from cxr_dist import cluster
     from cxr_dist.capacity import wants_gpu
+    from cxr_dist.data.manifest import Manifest
     from cxr_dist.evaluate.inference import score_split
+    from cxr_dist.train.checkpoint import load_checkpoint
 
+    uri, checkpoint_uri = storage.absolute(config.data.uri), storage.absolute(checkpoint_uri)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, uri=uri))
+    trained_on = load_checkpoint(checkpoint_uri)["manifest_sha256"]
     cluster.connect(2)
     use_gpu = wants_gpu(config, ray.cluster_resources())
-    validation = score_split(config, checkpoint_uri, "validation", use_gpu=use_gpu)
+    if split == "test" and Manifest.load(uri).hash != trained_on:
+        print("thresholds: 0.5, for this is not the dataset that the checkpoint was trained on")
+        return score_split(config, checkpoint_uri, split, use_gpu=use_gpu)[0], None
+    validation, _ = score_split(config, checkpoint_uri, "validation", use_gpu=use_gpu)
     if split == "validation":
         return validation, validation
-    return score_split(config, checkpoint_uri, split, use_gpu=use_gpu), validation
+    return score_split(config, checkpoint_uri, split, use_gpu=use_gpu)[0], validation
 
 
 def _read_labels(config: Config) -> Any:

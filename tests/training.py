@@ -21,7 +21,7 @@ from cxr_dist import storage
 from cxr_dist.config import Config, DataConfig, EvaluateConfig, ModelConfig, OptimizerConfig, RunConfig, TrainConfig
 from cxr_dist.data.decode import Decoder, StreamSpec
 from cxr_dist.data.nih import FINDINGS
-from cxr_dist.data.plan import Plan, Split
+from cxr_dist.data.plan import Plan, Split, Step
 from cxr_dist.data.stream import Batch, EmptyShard
 from cxr_dist.model import weights
 from cxr_dist.model.augment import to_input
@@ -30,6 +30,7 @@ from cxr_dist.train.distributed import Ranks
 from cxr_dist.train.job import TrainJob
 from cxr_dist.train.loop import RunFaultError, Trainer
 from cxr_dist.train.monitor import Monitor
+from cxr_dist.train.validation import Validation
 from tests.releases import noise, png
 
 SIZE = 32
@@ -164,10 +165,13 @@ class WatchedTrainer(Trainer):
 
     crash_at: int | None = None
     """Step of the run before which this rank dies."""
+    stop_after: int | None = None
+    """Epoch after whose end this rank stops."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.losses: list[float] = []
+        self.reports: list[dict[str, Any]] = []
         self.gradients: dict[str, torch.Tensor] = {}
         self.optimizer.register_step_pre_hook(self._note_gradients)
 
@@ -182,6 +186,13 @@ class WatchedTrainer(Trainer):
         loss = super().train_step(batch)
         self.losses.append(float(loss))
         return loss
+
+    def end_epoch(self, step: Step) -> Validation:
+        found = super().end_epoch(step)
+        self.reports.append({"epoch": step.epoch, "val_loss": found.loss, "val_auroc": found.mean_auroc})
+        if step.epoch == self.stop_after:
+            raise InterruptionError
+        return found
 
 
 class MemoryManifest:
@@ -205,27 +216,20 @@ def memory_manifest(job: TrainJob) -> Iterator[None]:
         yield
 
 
-def make_trainer(job: TrainJob, ranks: Ranks, report: Any = lambda metrics: None) -> WatchedTrainer:
+def make_trainer(job: TrainJob, ranks: Ranks) -> WatchedTrainer:
     """A trainer of this rank over the run's remaining steps."""
     spec = job.remaining(ranks.world_size)
     shard = Shard(spec, ranks.rank) if spec.num_tasks else EmptyShard()
-    return WatchedTrainer(job, ranks, Monitor(job, ranks), shard=shard, device=torch.device("cpu"), report=report)
+    return WatchedTrainer(job, ranks, Monitor(job, ranks), shard=shard, device=torch.device("cpu"))
 
 
 def run_rank(job: TrainJob, *, stop_after: int | None = None, crash_at: int | None = None) -> dict[str, Any]:
-    """Train on this rank to the end of the run, or until it is interrupted: after the report of epoch `stop_after`, or
+    """Train on this rank to the end of the run, or until it is interrupted: after the end of epoch `stop_after`, or
     before step `crash_at`. What it saw, and the run's result unless it was interrupted or failed."""
-    reports: list[dict[str, Any]] = []
-
-    def report(metrics: dict[str, Any]) -> None:
-        reports.append(metrics)
-        if metrics["epoch"] == stop_after:
-            raise InterruptionError
-
     ranks = Ranks.join(60)
     with memory_manifest(job):
-        trainer = make_trainer(job, ranks, report)
-        trainer.crash_at = crash_at
+        trainer = make_trainer(job, ranks)
+        trainer.crash_at, trainer.stop_after = crash_at, stop_after
         before = weights.sha256(trainer.network.prefix.state_dict())
         seen: dict[str, Any] = {"error": None, "interrupted": False}
         try:
@@ -237,7 +241,7 @@ def run_rank(job: TrainJob, *, stop_after: int | None = None, crash_at: int | No
         else:
             seen.update(trainer.result())
     return seen | {
-        "reports": reports,
+        "reports": trainer.reports,
         "losses": ranks.sum(trainer.losses),
         "gradients": {name: value.numpy() for name, value in trainer.gradients.items()},
         "prefix_kept": before == weights.sha256(trainer.network.prefix.state_dict()),

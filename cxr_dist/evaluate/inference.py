@@ -39,8 +39,10 @@ TASK_RETRIES = 8
 
 def score_split(
     config: Config, checkpoint_uri: str, split: str, *, use_gpu: bool = False, max_images: int | None = None
-) -> ScoreTable:
-    """Scores of a split by a checkpoint; RunError unless each readable image has exactly one.
+) -> tuple[ScoreTable, dict[str, str]]:
+    """Scores of a split by a checkpoint, and the images that could not be read with the reason.
+
+    RunError unless each readable image has exactly one score.
 
     The model is the one that the checkpoint was trained as, whatever `config` says; the dataset is `config.data.uri`.
     """
@@ -62,9 +64,7 @@ def score_split(
         groups_per_task=max(1, TASK_IMAGES // manifest.row_group),
         num_groups=math.ceil(num_rows / manifest.row_group),
     )
-    num_scorers = min(config.train.num_workers, int(ray.cluster_resources()["GPU"])) if use_gpu else 1
-    if not use_gpu and ray.cluster_resources().get("CPU", 0) < 2:
-        raise ConfigError("cluster: found less than 2 CPUs, expected one to decode and one to score; add nodes")
+    num_scorers = scorers(config, use_gpu=use_gpu)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     tasks = ray.data.from_items(list(range(decode.num_tasks)), override_num_blocks=decode.num_tasks)
@@ -85,6 +85,21 @@ def score_split(
     )
     parts = list(blocks.iter_batches(batch_size=None, batch_format="pyarrow"))
     return _checked(pa.concat_tables(parts), rows, split, findings, num_rows, config.data.max_corrupt)
+
+
+def scorers(config: Config, *, use_gpu: bool) -> int:
+    """Number of scoring actors that fit the cluster; ConfigError if none does."""
+    resources = ray.cluster_resources()
+    gpus, cpus = int(resources.get("GPU", 0)), resources.get("CPU", 0.0)
+    if use_gpu and not gpus:
+        raise ConfigError(
+            "train.use_gpu: found no GPU in the cluster, expected at least one; set it to no or add nodes"
+        )
+    if cpus < (1 if use_gpu else 2):
+        raise ConfigError(
+            f"cluster: found {cpus:g} CPUs, expected one to decode and, without a GPU, one to score; add nodes"
+        )
+    return min(config.train.num_workers, gpus) if use_gpu else 1
 
 
 def check_fits(manifest: Manifest, checkpoint: dict[str, Any], split: str) -> None:
@@ -111,7 +126,7 @@ def check_fits(manifest: Manifest, checkpoint: dict[str, Any], split: str) -> No
 
 def _checked(
     scored: pa.Table, rows: pa.Table, split: str, findings: tuple[str, ...], num_rows: int, max_corrupt: float
-) -> ScoreTable:
+) -> tuple[ScoreTable, dict[str, str]]:
     scored = scored.filter(pa.compute.not_equal(scored["state"], PADDING)).sort_by("row")
     found = scored["row"].to_numpy()
     found = found[found < num_rows]
@@ -120,9 +135,10 @@ def _checked(
         raise RunError(
             f"{split}: found {len(found)} scored rows ({len(np.unique(found))} different), expected each of {num_rows} once"
         )
-    corrupt = scored.filter(pa.compute.equal(scored["state"], CORRUPT))
-    if len(corrupt):
-        names = corrupt["image_id"].to_pylist()
+    unreadable = scored.filter(pa.compute.equal(scored["state"], CORRUPT))
+    names = unreadable["image_id"].to_pylist()
+    corrupt = dict(zip(names, unreadable["reason"].to_pylist(), strict=True))
+    if corrupt:
         log.warning("%s: %d unreadable images are not scored: %s", split, len(names), ", ".join(names[:10]))
         if len(names) > max_corrupt * num_rows:
             raise RunError(
@@ -132,7 +148,7 @@ def _checked(
     scored = scored.filter(pa.compute.equal(scored["state"], OK)).combine_chunks()
     logits = fixed_rows(scored["logits"], np.dtype("<f4")).copy()
     labels = fixed_rows(scored["labels"], np.uint8) == 1
-    return from_logits(rows.take(scored["row"]), split, findings, logits, labels)
+    return from_logits(rows.take(scored["row"]), split, findings, logits, labels), corrupt
 
 
 @dataclass(frozen=True)

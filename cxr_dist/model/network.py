@@ -16,17 +16,20 @@ from cxr_dist.model.weights import Initial
 __all__ = ["Network", "masked_loss", "precision_of"]
 
 
+def resolve_precision(name: str, device: torch.device) -> str:
+    """`auto` by the device: bf16 where it computes in it, fp16 on older GPUs, fp32 on CPU; other names as they are."""
+    if name != "auto":
+        return name
+    if device.type != "cuda":
+        return "fp32"
+    return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
+
+
 def precision_of(name: str, device: torch.device) -> tuple[torch.dtype, torch.dtype | None]:
-    """Type of the weights, and the autocast type or None. `auto`: bf16 where the device computes in it, fp16 on older
-    GPUs, fp32 on CPU."""
-    if name == "fp64":
-        return torch.float64, None
-    if name == "auto":
-        if device.type != "cuda":
-            name = "fp32"
-        else:
-            name = "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
-    return torch.float32, {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+    """Type of the weights, and the autocast type or None."""
+    autocast = {"fp64": None, "fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+    name = resolve_precision(name, device)
+    return torch.float64 if name == "fp64" else torch.float32, autocast[name]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +41,8 @@ class Network:
     normalization: Normalization
     chunk: int
     device: torch.device
+    precision: str
+    """What `auto` came to."""
     dtype: torch.dtype
     autocast: torch.dtype | None
 
@@ -54,6 +59,7 @@ class Network:
             normalization=initial.normalization,
             chunk=config.prefix_chunk,
             device=device,
+            precision=resolve_precision(precision, device),
             dtype=dtype,
             autocast=autocast,
         )

@@ -41,7 +41,13 @@ def initial(weights: str, *, num_findings: int, seed: int) -> Initial:
     if weights == "random":
         return Initial(state=_random(num_findings, seed), normalization=IMAGENET, origin="random", random=True)
     if weights == "imagenet":
-        state = torchvision.models.DenseNet121_Weights.IMAGENET1K_V1.get_state_dict(check_hash=True, progress=False)
+        try:
+            state = torchvision.models.DenseNet121_Weights.IMAGENET1K_V1.get_state_dict(check_hash=True, progress=False)
+        except OSError as error:
+            raise InputError(
+                f"model.weights: found no way to download torchvision's DenseNet121 weights ({error}); put the file "
+                "where this machine can read it and give its URI"
+            ) from None
         return Initial(state=_adapt(state, weights, num_findings, seed), normalization=IMAGENET, origin=weights)
     state = load(weights)
     grey = "features.conv0.weight" in state and state["features.conv0.weight"].shape[1] == 1

@@ -28,10 +28,9 @@ FREE = {
     "run.resume",
     "run.commit",
     "tracking.uri",
-    "model.weights",
     "model.prefix_chunk",
 }
-"""Keys that a resumed run may change: the machine, not the result. (The weights are stored with the run.)"""
+"""Keys that a resumed run may change: the machine, not the result."""
 
 FREE_SECTIONS = ("data.", "evaluate.")
 """The dataset's identity is its manifest's hash; evaluation comes after training."""

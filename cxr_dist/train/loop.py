@@ -1,4 +1,4 @@
-"""The training loop of one rank: next batch, forward, loss, backward, step; validate, report and checkpoint each epoch.
+"""The training loop of one rank: next batch, forward, loss, backward, step; validate and checkpoint each epoch.
 
 Everything that must agree over the ranks (the plan, the position, when to stop) is computed from the same numbers on
 each of them or sent from rank 0; the only random numbers come with the batch.
@@ -11,7 +11,7 @@ import logging
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -52,10 +52,8 @@ def train_rank(parameters: dict[str, TrainJob]) -> dict[str, Any]:
     logging.getLogger("ray.train").setLevel(logging.WARNING)
     device = ray.train.torch.get_device() if job.use_gpu else torch.device("cpu")
     with Monitor(job, ranks) as monitor:
-        trainer = Trainer(
-            job, ranks, monitor, shard=ray.train.get_dataset_shard("run"), device=device, report=ray.train.report
-        )
         try:
+            trainer = Trainer(job, ranks, monitor, shard=ray.train.get_dataset_shard("run"), device=device)
             trainer.run()
         except RunFaultError as fault:
             return {"error": str(fault)}
@@ -69,7 +67,7 @@ class RunFaultError(Exception):
 class Trainer:
     """The state of one rank: network, optimizer, position and what has been seen so far.
 
-    `shard` is the rank's part of the stream (anything with `iter_batches`), `report` is told each epoch's metrics.
+    `shard` is the rank's part of the stream (anything with `iter_batches`).
     """
 
     def __init__(
@@ -80,9 +78,8 @@ class Trainer:
         *,
         shard: Any,
         device: torch.device,
-        report: Callable[[dict[str, Any]], object],
     ):
-        self.job, self.ranks, self.monitor, self.report = job, ranks, monitor, report
+        self.job, self.ranks, self.monitor = job, ranks, monitor
         self.config = job.config.train
         if device.type == "cpu":
             torch.set_num_threads(self.config.threads_per_worker)
@@ -93,6 +90,12 @@ class Trainer:
         self.network = Network.build(
             initial, job.config.model, num_findings=len(job.findings), precision=self.config.precision, device=device
         )
+        kinds = ranks.gather(self.network.precision)
+        if len(set(kinds)) > 1:
+            raise RunFaultError(
+                f"train.precision: auto is {', '.join(kinds)} on ranks 0, 1, …, which cannot be mixed; name one that all "
+                "devices can do"
+            )
         tail = self.network.tail.train()
         self.model: torch.nn.Module = tail
         if ranks.world_size > 1:
@@ -230,8 +233,8 @@ class Trainer:
                 f"of them; first {', '.join(names[:5])}; mend or ingest these images again"
             )
 
-    def end_epoch(self, step: Step) -> None:
-        """Validate, step the schedule, decide whether to stop, checkpoint, report: alike on every rank."""
+    def end_epoch(self, step: Step) -> Validation:
+        """Validate, step the schedule, decide whether to stop, checkpoint: alike on every rank. The validation."""
         self.check_corrupt()
         parts = self.ranks.gather(self.progress.take_validation())
         validation = Validation.join(parts, self.job)
@@ -241,6 +244,8 @@ class Trainer:
                 "of this epoch was kept)"
             )
         self.schedule.after_epoch(validation.loss)
+        for seen in self.ranks.gather(self.stream.corrupt):
+            self.progress.corrupt |= seen
         ids_of_ranks = self.ranks.gather(self.progress.take_epoch_ids())
         self.progress.end_epoch(ids_of_ranks, validation, patience=self.config.patience)
         if self.ranks.rank == 0:
@@ -254,7 +259,7 @@ class Trainer:
                 finished=self.progress.stopped or self.progress.index == self.job.plan.num_steps,
             )
             self.monitor.log_epoch(step, validation, self.progress)
-        self.report({"epoch": step.epoch, "val_loss": validation.loss, "val_auroc": validation.mean_auroc})
+        return validation
 
     def state(self) -> dict[str, Any]:
         """All that a resume needs; no random state, for there is none."""
@@ -266,7 +271,7 @@ class Trainer:
             "progress": self.progress.state_dict(),
             "findings": list(self.job.findings),
             "model": dataclasses.asdict(self.job.config.model),
-            "precision": self.config.precision,
+            "precision": self.network.precision,
             "size": self.job.size,
             "pixels_version": self.job.pixels_version,
             "manifest_sha256": self.job.manifest_sha256,
@@ -275,6 +280,11 @@ class Trainer:
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
+        if state["precision"] != self.network.precision:
+            raise RunFaultError(
+                f"train.precision: found {self.network.precision} on these devices, expected {state['precision']}, which the "
+                "run was begun in; use such devices again, or another run.name"
+            )
         self.network.tail.load_state_dict(state["tail"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
@@ -283,10 +293,10 @@ class Trainer:
 
     def result(self) -> dict[str, Any]:
         """What the driver needs of the finished training; a collective call."""
-        corrupt = {name: why for seen in self.ranks.gather(self.stream.corrupt) for name, why in seen.items()}
         return {
             **self.progress.summary(),
+            "dropped_per_epoch": self.job.plan.dropped_rows,
             "weights_sha256": weights.sha256(self.network.tail.state_dict()),
-            "corrupt": corrupt,
+            "corrupt": self.progress.corrupt,
             **self.monitor.summary(self.stream),
         }

@@ -1,4 +1,4 @@
-"""What a rank tells the world: progress lines for people, metrics for MLflow, the use of its node, speed at the end."""
+"""What a rank tells the world: progress lines for people, metrics for MLflow, speed at the end."""
 
 import logging
 import resource
@@ -8,12 +8,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import ray
-import ray.train
-
 from cxr_dist.data.plan import Step
 from cxr_dist.data.stream import Stream
-from cxr_dist.journal import MetricJournal, SystemMetrics, start_system_metrics
+from cxr_dist.journal import MetricJournal
 from cxr_dist.train.distributed import Ranks
 from cxr_dist.train.job import TrainJob
 from cxr_dist.train.progress import Progress
@@ -27,33 +24,26 @@ MIB = 2**20
 
 
 class Monitor:
-    """Rank 0 logs the run's metrics; the first rank of each node logs the node's. Others only keep time."""
+    """Rank 0 logs the run's metrics; the others only keep time."""
 
     def __init__(self, job: TrainJob, ranks: Ranks):
         self.job, self.ranks = job, ranks
         self.journal: MetricJournal | None = None
-        self.system: SystemMetrics | None = None
         self.began = self.logged = time.perf_counter()
         self.first_index = 0
         self.logged_wait_s = 0.0
 
     def __enter__(self) -> Self:
         logging.getLogger("mlflow").setLevel(logging.WARNING)
-        context = ray.train.get_context()
         if self.ranks.rank == 0:
             folder = Path(tempfile.gettempdir()) / f"cxr-dist-{self.job.run_id}"
             folder.mkdir(mode=0o700, exist_ok=True)
             self.journal = MetricJournal(folder / "metrics.jsonl", self.job.tracking_uri, self.job.run_id)
-        if context.get_local_rank() == 0:
-            node = f"node{context.get_node_rank()}-{ray.util.get_node_ip_address()}"
-            self.system = start_system_metrics(self.job.tracking_uri, self.job.run_id, node)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self.system is not None:
-            self.system.stop()
         if self.journal is not None:
             self.journal.close()
 

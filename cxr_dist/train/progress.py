@@ -49,6 +49,9 @@ class Progress:
     is_best: bool = False
     """Whether the epoch that just ended is the best so far."""
 
+    corrupt: dict[str, str] = field(default_factory=dict)
+    """Unreadable images of all epochs so far: id to reason."""
+
     losses: list[torch.Tensor] = field(default_factory=list)
     epoch_ids: list[list[str]] = field(default_factory=list)
     """This rank's images of the epoch, a list a step."""
@@ -64,6 +67,7 @@ class Progress:
         "best_epoch",
         "epochs_without_gain",
         "stopped",
+        "corrupt",
     )
 
     def state_dict(self) -> dict[str, Any]:

@@ -2,13 +2,15 @@
 
 import argparse
 import json
+import logging
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from cxr_dist.cli import parse, run_job
+from cxr_dist.cli import ScrubbedFormatter, parse, run_job
 from cxr_dist.config import Config, DataConfig, ModelConfig, TrainConfig
 from cxr_dist.errors import ConfigError, DataError, RunError
 
@@ -167,3 +169,29 @@ def test_a_result_with_nan_is_not_passed_off_as_json(capsys: pytest.CaptureFixtu
     with pytest.raises(ValueError, match="not JSON compliant"):
         run_job(lambda config, args: {"auroc": float("nan")}, description="test", argv=[])
     assert capsys.readouterr().out == ""
+
+
+def test_no_secret_reaches_the_log_in_message_or_traceback() -> None:
+    formatter = ScrubbedFormatter("%(message)s")
+    try:
+        raise RuntimeError("cannot reach postgresql://bob:hunter2@db/x")
+    except RuntimeError as error:
+        record = logging.makeLogRecord({"msg": "failed: %s", "args": (error,), "exc_info": sys.exc_info()})
+    shown = formatter.format(record)
+    assert "Traceback" in shown
+    assert "RuntimeError: cannot reach postgresql://" in shown
+    assert "hunter2" not in shown
+
+
+def test_an_error_of_a_ray_task_is_its_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    wrapped = DataError("a whole traceback\nin many lines")
+    wrapped.cause = DataError("shard lost")  # type: ignore[attr-defined]
+    assert leave(capsys, wrapped)[2] == "error: shard lost\n"
+
+
+def test_a_result_file_in_no_folder_is_refused_before_the_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, lines, said = leave(capsys, {}, "--json", str(tmp_path / "none" / "out.json"))
+    assert (code, lines) == (2, [])
+    assert said == f"error: --json: found no folder {tmp_path}/none; make it or give another\n"

@@ -20,18 +20,19 @@ def autoscaler(monkeypatch: pytest.MonkeyPatch) -> list:
 
 
 def test_room_is_asked_for_waited_for_and_given_back(autoscaler: list) -> None:
-    with cluster.room_for([RANK, RANK, {"CPU": 1.0}], wait_s=60):
-        assert autoscaler == [[RANK, RANK, {"CPU": 1.0}]]
-    assert autoscaler[-1] == []
+    cluster.wait_for_room([RANK, RANK, {"CPU": 1.0}], wait_s=60)
+    assert autoscaler == [[RANK, RANK, {"CPU": 1.0}], []]
 
 
-def test_room_is_given_back_after_an_error(autoscaler: list) -> None:
-    with pytest.raises(KeyError), cluster.room_for([RANK], wait_s=60):
-        raise KeyError
-    assert autoscaler[-1] == []
+def test_room_that_does_not_come_is_given_back(autoscaler: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 1.0})
+    clock = iter(range(100))
+    monkeypatch.setattr(cluster.time, "monotonic", lambda: float(next(clock)))
+    cluster.wait_for_room([RANK], wait_s=5)
+    assert autoscaler == [[RANK], []]
+    assert next(clock) == 6
 
 
 def test_nothing_is_asked_for_without_a_wait(autoscaler: list) -> None:
-    with cluster.room_for([RANK], wait_s=0):
-        pass
+    cluster.wait_for_room([RANK], wait_s=0)
     assert autoscaler == []

@@ -49,6 +49,7 @@ def scored(rows: list[int], states: list[int]) -> pa.Table:
             "row": pa.array(rows, pa.int64()),
             "image_id": [f"{row}.png" for row in rows],
             "state": pa.array(states, pa.uint8()),
+            "reason": pa.array(["truncated PNG" if state == CORRUPT else None for state in states], pa.string()),
             "labels": pa.array([b"\x01\x00"] * len(rows), pa.binary(2)),
             "logits": pa.array([row.tobytes() for row in logits], pa.binary(8)),
         }
@@ -63,7 +64,8 @@ def check(table: pa.Table, num_rows: int = 3, max_corrupt: float = 0.5):
 
 
 def test_rows_come_back_in_order_without_padding() -> None:
-    table = check(scored([2, 0, -1, 1], [OK, OK, PADDING, OK]))
+    table, corrupt = check(scored([2, 0, -1, 1], [OK, OK, PADDING, OK]))
+    assert corrupt == {}
     assert table.image_ids.tolist() == ["0.png", "1.png", "2.png"]
     assert table.logits_NK.tolist() == [[0, 0], [1, -1], [2, -2]]
     assert table.labels_NK.tolist() == [[True, False]] * 3
@@ -78,10 +80,12 @@ def test_a_missing_or_doubled_row_is_an_error(rows: list[int]) -> None:
 
 def test_an_unreadable_image_is_left_out_and_too_many_are_an_error() -> None:
     table = scored([0, 1, 2], [OK, CORRUPT, OK])
-    assert check(table).image_ids.tolist() == ["0.png", "2.png"]
+    kept, corrupt = check(table)
+    assert kept.image_ids.tolist() == ["0.png", "2.png"]
+    assert corrupt == {"1.png": "truncated PNG"}
     with pytest.raises(RunError, match=r"1 of 3 images are unreadable.*first 1\.png"):
         check(table, max_corrupt=0.1)
 
 
 def test_a_trial_run_scores_the_first_rows_only() -> None:
-    assert len(check(scored([0, 1, 2], [OK] * 3), num_rows=2)) == 2
+    assert len(check(scored([0, 1, 2], [OK] * 3), num_rows=2)[0]) == 2

@@ -1,0 +1,25 @@
+"""The settings that libraries take from the environment alone, for the driver and the workers of every job.
+
+An entry point applies them before it imports MLflow or Ray, which read them at import.
+"""
+
+import os
+
+__all__ = ["SETTINGS", "apply"]
+
+SETTINGS = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "DO_NOT_TRACK": "true",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+}
+"""MLflow's own defaults are 7 retries of up to 2 minutes and usage reports to its makers; Ray prints lines twice and
+draws progress bars into logs."""
+
+
+def apply() -> None:
+    """Set what the environment does not already say."""
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)

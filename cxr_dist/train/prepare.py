@@ -1,0 +1,118 @@
+"""From a config and a manifest to a job: names, paths, the plan, class weights, and the weights that it starts from."""
+
+import dataclasses
+import uuid
+
+import numpy as np
+import torch
+
+from cxr_dist import storage
+from cxr_dist.config import Config
+from cxr_dist.data.decode import Journal, RowDecoder, fixed_rows
+from cxr_dist.data.manifest import Manifest
+from cxr_dist.data.nih import FINDINGS
+from cxr_dist.data.plan import Plan, Split
+from cxr_dist.data.shards import ShardReader
+from cxr_dist.model import weights
+from cxr_dist.model.augment import to_input
+from cxr_dist.tracking import absolute_uri
+from cxr_dist.train.checkpoint import run_folder
+from cxr_dist.train.job import TrainJob
+
+__all__ = ["DEV_RUN_STEPS", "bundles", "make_job", "prepare_weights", "with_defaults"]
+
+CALIBRATION_IMAGES = 64
+DEV_RUN_STEPS = 2
+
+
+def with_defaults(config: Config) -> Config:
+    """The config with a run name, absolute local paths (ranks have other working directories) and a storage path."""
+    name = config.run.name or f"{config.data.label_set}-{uuid.uuid4().hex[:8]}"
+    uri = config.data.uri
+    path = config.train.storage_path or "outputs/runs"
+    return dataclasses.replace(
+        config,
+        run=dataclasses.replace(config.run, name=name),
+        data=dataclasses.replace(config.data, uri=storage.absolute(uri) if uri else uri),
+        train=dataclasses.replace(config.train, storage_path=storage.absolute(path)),
+        tracking=dataclasses.replace(config.tracking, uri=absolute_uri(config.tracking.uri)),
+    )
+
+
+def bundles(config: Config) -> list[dict[str, float]]:
+    """What the run needs of the cluster: a bundle a rank, and one a decoding process."""
+    gpu = {"GPU": 1.0} if config.train.use_gpu == "yes" else {}
+    ranks = [{"CPU": config.train.cpus_per_worker, **gpu}] * config.train.num_workers
+    return ranks + [{"CPU": 1.0}] * max(1, config.data.decode_workers)
+
+
+def make_job(config: Config, manifest: Manifest, *, use_gpu: bool) -> TrainJob:
+    """The run as its ranks see it; ConfigError where batch, row groups and world size do not fit."""
+    findings = tuple(name for name in manifest.findings if name not in config.train.skip_findings)
+    splits = {
+        name: Split(num_rows=manifest.splits[name].num_rows, row_group=manifest.row_group)
+        for name in ("train", "validation")
+    }
+    plan = Plan(
+        train=splits["train"],
+        validation=splits["validation"],
+        seed=config.train.seed,
+        epochs=1 if config.train.fast_dev_run else config.train.epochs,
+        global_batch=config.train.global_batch,
+        max_steps=DEV_RUN_STEPS if config.train.fast_dev_run else None,
+    )
+    plan.rank_batch(config.train.num_workers)
+    return TrainJob(
+        config=config,
+        plan=plan,
+        findings=findings,
+        columns=tuple(FINDINGS.index(name) for name in findings),
+        size=manifest.size,
+        encoding=manifest.encoding,
+        train=ShardReader.from_manifest(manifest, "train"),
+        validation=ShardReader.from_manifest(manifest, "validation"),
+        pos_weight=positive_weights(manifest, findings) if config.train.pos_weight else None,
+        folder=run_folder(config.train.storage_path, config.run.name),
+        manifest_sha256=manifest.hash,
+        tracking_uri=config.tracking.uri,
+        pixels_version=manifest.pixels_version,
+        run_id="",
+        use_gpu=use_gpu,
+    )
+
+
+def positive_weights(manifest: Manifest, findings: tuple[str, ...]) -> tuple[float, ...]:
+    """Negatives / positives of each finding in the train split, after the validation cut."""
+    split = manifest.splits["train"]
+    return tuple((split.num_rows - split.positives[name]) / split.positives[name] for name in findings)
+
+
+def prepare_weights(job: TrainJob, *, resumed: bool) -> None:
+    """Store the run's starting weights once; a resumed run keeps those that it has, whoever else left a file there."""
+    where = storage.join(job.folder, "initial.pt")
+    if resumed and storage.exists(where):
+        return
+    model, seed = job.config.model, job.config.train.seed
+    initial = weights.initial(model.weights, num_findings=len(job.findings), seed=seed)
+    if initial.random:
+        torch.set_num_threads(1)  # so that the same seed gives the same statistics on any machine
+        state = weights.calibrate(initial.state, to_input(calibration_images(job), initial.normalization))
+        initial = dataclasses.replace(initial, state=state)
+    storage.put_atomic(where, weights.save(initial))
+
+
+def calibration_images(job: TrainJob) -> torch.Tensor:
+    """The first images of the plan as uint8 [N, S, S]."""
+    decoder = RowDecoder(
+        source=job.train, split=job.plan.train, size=job.size, encoding=job.encoding, findings=job.columns
+    )
+    groups: list[int] = []
+    while len(groups) * job.plan.train.row_group < CALIBRATION_IMAGES:
+        step = job.plan.step(len(groups) // job.plan.groups_per_step)
+        if step.kind != "train":
+            break
+        groups += step.groups.tolist()
+    with Journal(uuid.uuid4().hex, 0) as journal:
+        rows = decoder.rows(np.array(groups), journal)
+    pixels = fixed_rows(rows["image"], np.uint8).reshape(-1, job.size, job.size)[:CALIBRATION_IMAGES]
+    return torch.from_numpy(pixels.copy())
