@@ -106,6 +106,11 @@ def size(uri: str) -> int:
     return info.size
 
 
+def modified_ns(uri: str) -> int:
+    """When a file was last written, nanoseconds since 1970; 0 where there is none or the store does not say."""
+    return _info(uri).mtime_ns or 0
+
+
 def open_input(uri: str) -> pa.NativeFile:
     """Random access file; its `read_at(nbytes, offset)` may be called from several threads."""
     fs, path = resolve(uri)
@@ -178,7 +183,11 @@ def upload_atomic(local_path: str | Path, uri: str) -> None:
 
 
 def delete(uri: str) -> None:
-    """Remove a file; nothing happens if there is none."""
+    """Remove a file; nothing happens if there is none.
+
+    In an object store pyarrow puts an empty `FOLDER/` object where the file was; `list_files` and `exists` of a file
+    never see it, `delete_dir` of a folder above takes it away.
+    """
     fs, path = resolve(uri)
     try:
         retry(lambda: fs.delete_file(path), uri)
@@ -189,13 +198,20 @@ def delete(uri: str) -> None:
 def delete_dir(uri: str) -> None:
     """Remove a folder or prefix with everything under it; nothing happens if there is none.
 
-    In an object store one by one: not every S3 server takes pyarrow's bulk request.
+    In an object store one by one, for not every S3 server takes pyarrow's bulk request; then the empty objects that
+    stand for folders, deepest first.
     """
     if is_local(uri):
         shutil.rmtree(resolve(uri)[1], ignore_errors=not exists(uri))
         return
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda entry: delete(join(uri, entry[0])), list_files(uri)))
+    fs, path = resolve(uri)
+    selector = pafs.FileSelector(path, allow_not_found=True, recursive=True)
+    folders = [info.path for info in retry(lambda: fs.get_file_info(selector), uri)]
+    for folder in (*sorted(folders, key=lambda name: name.count("/"), reverse=True), path):
+        if "/" in folder:  # else the bucket
+            _delete_folder(fs, folder, uri)
 
 
 def free_bytes(uri: str) -> int | None:
@@ -241,6 +257,13 @@ def _check_bucket(uri: str) -> None:
 def _info(uri: str) -> pafs.FileInfo:
     fs, path = resolve(uri)
     return retry(lambda: fs.get_file_info(path), uri)
+
+
+def _delete_folder(fs: pafs.FileSystem, path: str, uri: str) -> None:
+    try:
+        retry(lambda: fs.delete_dir(path), uri)
+    except FileNotFoundError:
+        return
 
 
 def _put_object(uri: str, buffer: pa.Buffer) -> None:

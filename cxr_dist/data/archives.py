@@ -2,9 +2,11 @@
 
 One task an archive. Images pile up in memory to a run of `run_bytes`, are sorted by their place in the dataset, and go to
 one staged object; the second pass takes contiguous byte ranges out of the runs. The index of an archive (every image name
-in it, kept or not and why) is written last: an archive with its index is not read again.
+in it, kept or not and why) is written last: an archive with its index is not read again. An archive is read to its end
+mark and checksum, so that a cut one is an error and never a few images fewer.
 """
 
+import gzip
 import hashlib
 import io
 import json
@@ -12,6 +14,7 @@ import tarfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import IO, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -21,6 +24,7 @@ from cxr_dist.data import images
 from cxr_dist.data.release import different_copies
 from cxr_dist.errors import DataError
 
+INDEX = "index.parquet"
 MAX_MEMBER_BYTES = 64 << 20
 """Largest member of an archive that is believed to be a radiograph."""
 
@@ -59,8 +63,8 @@ def scatter(spec: ScatterSpec, path: str, file_bytes: int, wanted: pa.Table, ref
     release holds.
     """
     folder = storage.join(spec.staging, hashlib.sha256(path.encode()).hexdigest()[:16])
-    index_uri = storage.join(folder, "index.parquet")
-    key = json.dumps([spec.key, path, file_bytes])
+    index_uri = storage.join(folder, INDEX)
+    key = json.dumps([spec.key, path, file_bytes, storage.modified_ns(storage.join(spec.release, path))])
     try:
         index = pq.read_table(io.BytesIO(storage.read_bytes(index_uri)))
         if (index.schema.metadata or {}).get(b"key") == key.encode():
@@ -108,26 +112,49 @@ def encode(data: bytes, encoding: str, size: int) -> bytes:
 def members(release: str, path: str) -> Iterator[tuple[str, bytes]]:
     """Name and bytes of every PNG in an archive, in its order; other plain files are passed over.
 
-    Raises DataError for a member that leaves the folder, is a link or a device, or is absurdly large.
+    Raises DataError for a member that leaves the folder, is a link or a device, or is absurdly large, and for an archive
+    that is cut or damaged.
     """
-    where = storage.shown(storage.join(release, path))
+    uri = storage.join(release, path)
+    where = storage.shown(uri)
     try:
-        with (
-            storage.open_stream(storage.join(release, path)) as stream,
-            tarfile.open(fileobj=stream, mode="r|*") as tar,
-        ):
-            for member in tar:
-                _check_member(where, member)
-                name = member.name.rsplit("/", 1)[-1]
-                if not member.isfile() or not name.lower().endswith(".png") or name.startswith("."):
-                    continue
-                file = tar.extractfile(member)
-                data = file.read() if file else b""
-                if len(data) != member.size:
-                    raise EOFError(f"{member.name} is cut")
-                yield name, data
-    except (tarfile.TarError, EOFError, zlib.error) as error:
+        with storage.open_stream(uri) as stream, _unpacked(stream) as plain:
+            with tarfile.open(fileobj=plain, mode="r|", tarinfo=_Member) as tar:
+                for member in tar:
+                    _check_member(where, member)
+                    name = member.name.rsplit("/", 1)[-1]
+                    if not member.isfile() or not name.lower().endswith(".png") or name.startswith("."):
+                        continue
+                    file = tar.extractfile(member)
+                    data = file.read() if file else b""
+                    if len(data) != member.size:
+                        raise EOFError(f"{member.name} is cut")
+                    yield name, data
+            while plain.read(1 << 20):  # gzip checks its end mark and checksum when it gets there
+                pass
+    except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(f"{where}: found a broken archive ({error}); fetch it again") from None
+
+
+class _Member(tarfile.TarInfo):
+    """A tar header that must be there: tarfile takes a cut or broken one for the end of the archive."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_Member":
+        try:
+            return super().frombuf(buf, encoding, errors)
+        except tarfile.HeaderError as error:
+            if len(buf) == tarfile.BLOCKSIZE and not any(buf):  # the zeros that end an archive
+                raise
+            raise EOFError(f"{error}, expected the next member or the end mark") from None
+
+
+def _unpacked(stream: pa.NativeFile) -> IO[bytes]:
+    """The tar itself, of a file that may be gzipped whatever its name."""
+    buffered = io.BufferedReader(cast(io.RawIOBase, stream), 1 << 20)
+    if buffered.peek(2)[:2] == b"\x1f\x8b":
+        return cast(IO[bytes], gzip.GzipFile(fileobj=buffered))
+    return buffered
 
 
 def merge(paths: list[str], indexes: list[pa.Table]) -> tuple[dict[str, dict], int]:

@@ -4,13 +4,15 @@ Each image is decoded wholly once, and an image that cannot be is left out with 
 row groups stay full.
 
 - PNG files can be read at random, so one task makes one shard straight from them. If any turn out unreadable, they are
-  noted, the rows are placed again without them, and only the shards whose rows changed are made again.
+  noted, the rows are placed again without them, and every shard of their split from the first of them on is made again:
+  half of the split for one such image, most of it for many.
 - Archives cannot, so there are two passes (`archives`): each archive's images are decoded into staged runs, sorted by
-  place; then shards are put together from byte ranges of the runs. Staging needs about the output's size.
+  split and place; then shards are put together from byte ranges of the runs. Staging needs about the output's size.
 
 Either way a shard is a function of its rows alone, so both give the same bytes. A finished shard has a sidecar that says
-what it was made from; a run that was killed goes on from those, and the manifest is written last. In-place manifests
-touch no image: what cannot be read there is found, masked and counted while streaming.
+what it was made from; a run that was killed goes on from those, and the manifest is written last. A dataset that lost a
+shard or a table is mended in the same way, keeping what is there. In-place manifests touch no image: what cannot be read
+there is found, masked and counted while streaming.
 """
 
 import dataclasses
@@ -79,7 +81,8 @@ def ingest(config: Config) -> dict[str, Any]:
         else:
             manifest = work.from_files()
     except DataError:
-        if release.archives or not _shard_files(data.uri):
+        finished = [path for path, _ in storage.list_files(staging) if path.endswith(archives.INDEX)]
+        if not finished and not _shard_files(data.uri):
             storage.delete_dir(staging)
         raise
     named = {shard.path for split in manifest.splits.values() for shard in split.shards}
@@ -124,6 +127,7 @@ class _Work:
         """Shards straight from PNG files, a task a shard; again for what changes if some cannot be read."""
         where = self.release.images
         unreadable = self._known_unreadable()
+        self._note_unreadable(unreadable)
         while True:
             rows = self._placed([name for name in where if name not in unreadable])
             sources = {}
@@ -152,10 +156,9 @@ class _Work:
         """Two passes: archives to staged runs, runs to shards."""
         files = self.release.archives
         total = sum(size for _, size in files)
-        ids = self.kept["image_id"].take(pa.array(np.concatenate(list(self.splits.values())))).to_pylist()
-        pixels = min(len(ids) * self.data.size**2, 16 * total)
+        order = [name for split in self.splits for name in _ids(self._ordered(split))]
+        pixels = min(len(order) * self.data.size**2, 16 * total)
         self._check_space(2 * (pixels if self.data.encoding == "pixels" else total))
-        order = [ids[i] for i in assemble.place(ids, self.data.split_seed)]
         wanted = pa.table({"image_id": order, "place": np.arange(len(order), dtype=np.int64)})
         reasons = self._left_out(_ids(self.labelled.labels))
         reasons.update(dict.fromkeys(self._cleaned(), CLEANED))
@@ -172,7 +175,7 @@ class _Work:
         )
         shared = [ray.put(spec), ray.put(wanted), ray.put(refused)]
         tasks = [(shared[0], path, size, *shared[1:]) for path, size in files]
-        indexes = _run(archives.scatter, tasks, [size >> 20 for _, size in files], "archives, MiB")
+        indexes = _run(archives.scatter, tasks, [max(1, size >> 20) for _, size in files], "MiB of archives")
         index, duplicates = archives.merge([path for path, _ in files], indexes)
         staged = {name: row for name, row in index.items() if row["reason"] is None}
         rows = self._placed(staged)
@@ -190,14 +193,18 @@ class _Work:
             rows, shards, record.shard_groups(shards, self.data.row_group), left_out, set(index), duplicates
         )
 
+    def _ordered(self, split: str) -> pa.Table:
+        """All rows of a split, whether their images are there or not, in the order of their places."""
+        part = self.kept.take(pa.array(self.splits[split]))
+        return part.take(pa.array(assemble.place(_ids(part), self.data.split_seed)))
+
     def _placed(self, available: Iterable[str]) -> dict[str, pa.Table]:
         """Each split's rows that have an image, in their places."""
         here = set(available)
         rows = {}
-        for split, numbers in self.splits.items():
-            part = self.kept.take(pa.array(numbers))
-            part = part.filter(pa.array([name in here for name in _ids(part)], pa.bool_()))
-            rows[split] = part.take(pa.array(assemble.place(_ids(part), self.data.split_seed)))
+        for split in self.splits:
+            part = self._ordered(split)
+            rows[split] = part.filter(pa.array([name in here for name in _ids(part)], pa.bool_()))
         if not any(table.num_rows for table in rows.values()):
             raise DataError(
                 f"{storage.shown(self.release.uri)}: found {len(here)} readable images and none of them in labels and "
@@ -219,6 +226,7 @@ class _Work:
         self, rows: dict[str, pa.Table], sources: dict[str, pa.Table], file_bytes: int
     ) -> tuple[dict[str, list[ShardInfo]], dict[str, str]]:
         """Every split's shards, and the reason of each image that could not be read."""
+        record.withdraw(self.data.uri)
         data = self.data
         num_rows = sum(table.num_rows for table in rows.values())
         num_bytes = num_rows * data.size**2 if data.encoding == "pixels" else file_bytes
@@ -286,12 +294,13 @@ class _Work:
             )
 
     def _known_unreadable(self) -> dict[str, str]:
-        """What an earlier, killed run found to be unreadable, as far as the files are the same."""
+        """What is known to be unreadable: noted by a run that was killed, or left out of a dataset that lost a file."""
+        where = self.release.images
         try:
             noted = json.loads(storage.read_bytes(storage.join(self.staging, "unreadable.json")))
         except FileNotFoundError:
-            return {}
-        where = self.release.images
+            known = set(where) - set(self._left_out(where))
+            return {name: why for name, why in record.quarantined(self.data.uri).items() if name in known}
         return {name: reason for name, (reason, *file) in noted.items() if file == list(where.get(name, ()))}
 
     def _note_unreadable(self, unreadable: dict[str, str]) -> None:

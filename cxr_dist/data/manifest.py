@@ -126,7 +126,9 @@ class Manifest:
             raw = json.loads(data)
             version = raw.pop("format")
         except (ValueError, KeyError, AttributeError, TypeError):
-            raise DataError(f"{where}: found no manifest of this project in it; run jobs/ingest.py again") from None
+            raise DataError(
+                f"{where}: found no manifest of this project in it; delete {where}, then ingest again"
+            ) from None
         if version != FORMAT:
             raise DataError(
                 f"{where}: found manifest format {version}, this version reads {FORMAT}; "
@@ -227,6 +229,6 @@ def _read_table(uri: str, side: SideTable) -> pa.Table:
     if hashlib.sha256(data).hexdigest() != side.sha256:
         raise DataError(
             f"{storage.shown(where)}: found a SHA-256 that is not the manifest's ({side.sha256[:12]}…); "
-            "the file was changed or cut, restore it or ingest again"
+            f"the file was changed or cut, delete {storage.shown(where)}, then ingest again"
         )
     return pq.read_table(io.BytesIO(data))

@@ -11,7 +11,7 @@ import gzip
 import hashlib
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -87,7 +87,7 @@ def read_labels(data: bytes, name: str) -> pa.Table:
     a short or unreadable row (with its row number, the header being row 1) and an empty file.
     """
     text, digest = _decode(data, name)
-    rows = csv.reader(io.StringIO(text, newline=""))
+    rows = _csv_rows(text, name)
     header = [cell.strip().lower() for cell in next(rows, [])]
     if not header:
         raise DataError(f"{name}: found an empty file, expected the NIH label CSV")
@@ -235,6 +235,23 @@ def _decode(data: bytes, name: str) -> tuple[str, str]:
         return data.decode("utf-8-sig"), hashlib.sha256(data).hexdigest()
     except UnicodeDecodeError as error:
         raise DataError(f"{name}: found bytes that are not UTF-8 at {error.start}, expected text") from None
+
+
+def _csv_rows(text: str, name: str) -> Iterator[list[str]]:
+    """The rows of a CSV; `strict`, for a quote that stays open would swallow the rows after it."""
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    while True:
+        line = reader.line_num + 1
+        try:
+            row = next(reader, None)
+        except csv.Error as error:
+            raise DataError(
+                f"{name}: line {line}: found a row that is no CSV ({error}), expected closed quotes; "
+                "mend the line or fetch the file again"
+            ) from None
+        if row is None:
+            return
+        yield row
 
 
 def _column(header: list[str], names: tuple[str, ...], file: str) -> int:

@@ -24,7 +24,7 @@ def settings_of(data: DataConfig, labelled: Labelled) -> dict[str, Any]:
 
 
 def complete(data: DataConfig, settings: dict[str, Any], release: Release) -> Manifest | None:
-    """The manifest that is there already, if it is of these settings and this release, and its shards are there too."""
+    """The manifest that is there already, if it is of these settings and this release, and its files are there too."""
     if not storage.exists(storage.join(data.uri, MANIFEST)):
         return None
     manifest = Manifest.load(data.uri)
@@ -35,8 +35,22 @@ def complete(data: DataConfig, settings: dict[str, Any], release: Release) -> Ma
             f"{release.source['files']} other ones in {storage.shown(release.uri)}; choose another data.uri, or delete its {MANIFEST} to take them in"
         )
     there = dict(storage.list_files(data.uri))
-    shards = [shard for split in manifest.splits.values() for shard in split.shards]
-    return manifest if all(there.get(shard.path) == shard.bytes for shard in shards) else None
+    files = {shard.path: shard.bytes for split in manifest.splits.values() for shard in split.shards}
+    files |= {table.path: table.bytes for table in manifest.tables.values()}
+    return manifest if files.items() <= there.items() else None
+
+
+def quarantined(uri: str) -> dict[str, str]:
+    """The images that the dataset at `uri` left out, with their reasons; none if there is no dataset that can say."""
+    try:
+        return {row["image_id"]: row["reason"] for row in Manifest.load(uri).all_quarantined().to_pylist()}
+    except DataError:
+        return {}
+
+
+def withdraw(uri: str) -> None:
+    """Take away the manifest of a dataset that lost a file, while its shards may change: nobody reads half of one."""
+    storage.delete(storage.join(uri, MANIFEST))
 
 
 def claim(data: DataConfig, staging: str, settings: dict[str, Any]) -> None:

@@ -24,6 +24,8 @@ OPEN_FILES = 256
 READ_THREADS = 8
 """Files read at the same time; it hides the latency of an object store."""
 
+_MEND_IN_PLACE = "put the file back, or delete the dataset's manifest.json, then ingest again with --in-place"
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ShardReader:
@@ -91,7 +93,10 @@ class ShardReader:
             table = self._row_groups_of(file, self.row_group_in_file[mine].tolist())
             ends = np.cumsum(self.num_rows[mine])
             if table.num_rows != ends[-1]:
-                raise DataError(f"{self._where(file)}: found {table.num_rows} rows, expected {ends[-1]}; ingest again")
+                raise DataError(
+                    f"{storage.shown(self._where(file))}: found {table.num_rows} rows, expected {ends[-1]}; "
+                    + _mend(self._where(file))
+                )
             for group, end in zip(mine.tolist(), ends.tolist(), strict=True):
                 pieces[group] = table.slice(end - int(self.num_rows[group]), int(self.num_rows[group]))
 
@@ -110,13 +115,11 @@ class ShardReader:
         try:
             return storage.retry(read, uri)
         except FileNotFoundError:
-            raise DataError(
-                f"{storage.shown(uri)}: found no file, expected a shard; restore it or ingest again"
-            ) from None
+            raise DataError(f"{storage.shown(uri)}: found no file, expected a shard; ingest again") from None
         except (pa.ArrowInvalid, OSError) as error:
             _open.cache_clear()
             raise DataError(
-                f"{storage.shown(uri)}: found a broken shard ({' '.join(str(error).split())[:160]}); restore it or ingest again"
+                f"{storage.shown(uri)}: found a broken shard ({' '.join(str(error).split())[:160]}); {_mend(uri)}"
             ) from None
 
     def _read_files(self, wanted: npt.NDArray[np.int64]) -> pa.Table:
@@ -127,12 +130,10 @@ class ShardReader:
             try:
                 data[row] = storage.read_bytes(uri)
             except FileNotFoundError:
-                raise DataError(
-                    f"{storage.shown(uri)}: found no file, expected an image; run ingest --in_place again"
-                ) from None
+                raise DataError(f"{storage.shown(uri)}: found no file, expected an image; {_MEND_IN_PLACE}") from None
             if len(data[row]) != self.file_bytes[row]:
                 raise DataError(
-                    f"{storage.shown(uri)}: found {len(data[row])} bytes, the manifest says {self.file_bytes[row]}; run ingest again"
+                    f"{storage.shown(uri)}: found {len(data[row])} bytes, the manifest says {self.file_bytes[row]}; {_MEND_IN_PLACE}"
                 )
 
         _each(read, wanted.tolist())
@@ -151,9 +152,13 @@ def _open(uri: str, expected_bytes: int) -> tuple[pa.NativeFile, pq.FileMetaData
     source = storage.open_input(uri)
     if source.size() != expected_bytes:
         raise DataError(
-            f"{storage.shown(uri)}: found {source.size()} bytes, the manifest says {expected_bytes}; restore the shard or ingest again"
+            f"{storage.shown(uri)}: found {source.size()} bytes, the manifest says {expected_bytes}; {_mend(uri)}"
         )
     return source, pq.read_metadata(source)
+
+
+def _mend(uri: str) -> str:
+    return f"the file was changed or cut, delete {storage.shown(uri)}, then ingest again"
 
 
 def _each(read: Callable[[int], None], numbers: list[int]) -> None:

@@ -10,7 +10,9 @@ import ray
 from cxr_dist.cluster import connect
 
 PROGRESS_S = 10.0
-"""Seconds between progress lines."""
+"""Longest time between progress lines, seconds."""
+LEAST_SUBMITTED = 8
+"""Calls submitted even where the cluster has no CPU yet: an autoscaler starts nodes for what waits."""
 
 log = logging.getLogger(__name__)
 
@@ -18,12 +20,12 @@ log = logging.getLogger(__name__)
 def run(function: Callable[..., Any], arguments: Iterable[tuple], weights: Sequence[int], what: str) -> list[Any]:
     """The result of `function` for each tuple of arguments, in their order; one CPU a call.
 
-    Joins the cluster if that has not been done. At most two calls a CPU are submitted at a time. `weights` (one a call, counted in `what`) give progress and ETA. An
-    error stops what runs, waits for it, and is raised as the function raised it.
+    Joins the cluster if that has not been done. Two calls for each CPU that the cluster has by now are submitted at a
+    time, so that it can grow and memory stays bounded. `weights` (one a call, counted in `what`) give progress and ETA.
+    An error stops what runs, waits for it, and is raised as the function raised it.
     """
     connect()
     remote = ray.remote(num_cpus=1, max_retries=3)(function)
-    limit = max(2, 2 * int(ray.cluster_resources().get("CPU", 1)))
     results: list[Any] = [None] * len(weights)
     running: dict[ray.ObjectRef, int] = {}
     started = said = time.monotonic()
@@ -31,18 +33,20 @@ def run(function: Callable[..., Any], arguments: Iterable[tuple], weights: Seque
     try:
         waiting = enumerate(arguments)
         while True:
-            while len(running) < limit and (following := next(waiting, None)) is not None:
+            cpus = int(ray.cluster_resources().get("CPU", 0))
+            while len(running) < max(LEAST_SUBMITTED, 2 * cpus) and (following := next(waiting, None)) is not None:
                 running[remote.remote(*following[1])] = following[0]
             if not running:
                 break
-            ready, _ = ray.wait(list(running), num_returns=1)
-            number = running.pop(ready[0])
-            results[number] = ray.get(ready[0])
-            done += weights[number]
+            ready, _ = ray.wait(list(running), timeout=max(0.0, said + PROGRESS_S - time.monotonic()))
+            for reference in ready:
+                number = running.pop(reference)
+                results[number] = ray.get(reference)
+                done += weights[number]
             now = time.monotonic()
-            if now - said > PROGRESS_S or not running:
+            if now - said >= PROGRESS_S or not running:
                 said = now
-                log.info("%s", progress(done, sum(weights), now - started, what))
+                log.info("%s, %d CPUs", progress(done, sum(weights), now - started, what), cpus)
     except ray.exceptions.RayTaskError as error:
         raise error.cause from None
     finally:

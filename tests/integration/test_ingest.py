@@ -2,55 +2,29 @@
 
 import hashlib
 import io
+import itertools
 import json
-import os
-import signal
-import subprocess
-import sys
+import re
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import ray
 
 from cxr_dist.config import Config, DataConfig
 from cxr_dist.data import images, nih
 from cxr_dist.data.ingest import ingest, labels_only
-from cxr_dist.data.manifest import Manifest
+from cxr_dist.data.manifest import Manifest, _read_table
+from cxr_dist.data.release import find_images
 from cxr_dist.data.shards import ShardReader
 from cxr_dist.errors import DataError, InputError
+from tests.ingesting import ROOT, config_of, copy_with, kill_at
 from tests.releases import bomb, noise, png, write_archives, write_release, write_tar
 
-ROOT = Path(__file__).resolve().parents[2]
 NUM_IMAGES = 90
-KILLED = """
-import os, signal, sys
-import ray
-from cxr_dist import storage
-from cxr_dist.cli import parse
-from cxr_dist.data import ingest, tasks
-from cxr_dist.data.manifest import Manifest
-
-point, argv = sys.argv[1], sys.argv[2:]
-die = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
-if point == "manifest":
-    Manifest.save = die
-elif point == "cleanup":
-    storage.delete_dir = die
-else:
-    left = [int(point)]
-    get = ray.get
-    def counted(reference):
-        result = get(reference)
-        left[0] -= 1
-        return result if left[0] else die()
-    tasks.ray.get = counted
-config, _ = parse("", None, argv)
-ray.init(address=os.environ["TEST_RAY"], log_to_driver=False)
-ingest.ingest(config)
-"""
 
 
 @pytest.fixture(scope="module")
@@ -69,12 +43,21 @@ def release(tmp_path_factory) -> Path:
     return folder
 
 
-def options(release: Path, uri: Path, **changes) -> dict:
-    return {"release": str(release), "uri": str(uri), "size": 224, "shard_mb": 1, "row_group": 4, **changes}
-
-
 def run(release: Path, uri: Path, **changes) -> dict:
-    return ingest(Config(data=DataConfig(**options(release, uri, **changes))))
+    return ingest(config_of(release, uri, **changes))
+
+
+def read_all(uri: Path) -> dict[str, bytes]:
+    """Every image of a dataset, by name, from its shards; raises what reading or a table raises."""
+    _read_table.cache_clear()
+    manifest = Manifest.load(str(uri))
+    manifest.all_quarantined()
+    seen: dict[str, bytes] = {}
+    for split in nih.SPLITS:
+        manifest.rows(split)
+        table = ShardReader.from_manifest(manifest, split).read(np.arange(manifest.splits[split].num_row_groups))
+        seen |= dict(zip(table["image_id"].to_pylist(), table["image"].to_pylist(), strict=True))
+    return seen
 
 
 def contents(uri: Path, but: tuple[str, ...] = ()) -> dict[str, bytes]:
@@ -85,16 +68,6 @@ def contents(uri: Path, but: tuple[str, ...] = ()) -> dict[str, bytes]:
         for path in files
         if path.name not in but and not path.name.endswith(".parquet.json")
     }
-
-
-def copy_with(release: Path, to: Path, files: dict[str, bytes]) -> Path:
-    """The release with files added or replaced."""
-    subprocess.run(["cp", "-r", str(release), str(to)], check=True)
-    for name, data in files.items():
-        path = to / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
-    return to
 
 
 @pytest.fixture(scope="module")
@@ -149,6 +122,43 @@ def test_a_complete_dataset_is_left_alone(dataset, release):
     assert {path: path.stat().st_mtime_ns for path in uri.rglob("*")} == before
 
 
+def flip(path: Path) -> None:
+    """Change the last byte of a shard's last image."""
+    footer = pq.ParquetFile(path).metadata
+    column = footer.row_group(footer.num_row_groups - 1).column(footer.num_columns - 1)
+    data = bytearray(path.read_bytes())
+    data[column.data_page_offset + column.total_compressed_size - 1] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGE = {
+    "a flipped byte in a shard": ("train/part-00001.parquet", flip),
+    "a cut shard": ("train/part-00001.parquet", lambda path: path.write_bytes(path.read_bytes()[:-9])),
+    "a lost shard": ("test/part-00000.parquet", Path.unlink),
+    "a changed table": ("rows.parquet", lambda path: path.write_bytes(path.read_bytes()[:-9] + bytes(9))),
+    "a lost table": ("rows.parquet", Path.unlink),
+    "a lost list of what was left out": ("quarantine.parquet", Path.unlink),
+    "a cut manifest": ("manifest.json", lambda path: path.write_bytes(path.read_bytes()[:-9])),
+}
+
+
+@pytest.mark.parametrize(("name", "damage"), DAMAGE.values(), ids=list(DAMAGE))
+def test_the_advice_of_every_message_mends_the_dataset(dataset, release, tmp_path, name, damage):
+    uri = copy_with(dataset[0], tmp_path / "nih", {})
+    before = {path: path.stat().st_mtime_ns for path in uri.rglob("*.parquet") if path.parent != uri}
+    damage(uri / name)
+    with pytest.raises(DataError, match=name) as raised:
+        read_all(uri)
+    assert "ingest again" in str(raised.value)
+    if advice := re.search(r"delete (\S+), then ingest again", str(raised.value)):
+        Path(advice[1]).unlink()
+    assert not run(release, uri)["unchanged"]
+    assert len(read_all(uri)) == NUM_IMAGES
+    assert contents(uri) == contents(dataset[0])
+    assert {str(path.relative_to(uri)) for path, when in before.items() if path.stat().st_mtime_ns != when} <= {name}
+    assert run(release, uri)["unchanged"]
+
+
 def test_other_settings_or_another_release_over_a_dataset_are_refused(dataset, release, tmp_path):
     uri, _ = dataset
     with pytest.raises(DataError, match=r"data\.size 224, now 64.*choose another data\.uri"):
@@ -176,12 +186,6 @@ def test_archives_and_kaggle_folders_give_the_same_bytes_as_a_folder(cluster, re
     assert contents(tmp_path / "folder", but) == contents(tmp_path / "from-kaggle", but)
 
 
-def kill_at(cluster: str, point: str, **changes) -> None:
-    flags = [f"--data.{name}={value}" for name, value in options(**changes).items()]
-    done = subprocess.run([sys.executable, "-c", KILLED, point, *flags], env={**os.environ, "TEST_RAY": cluster, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)  # fmt: skip
-    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
-
-
 def test_killed_anywhere_it_ends_with_the_same_bytes_and_redoes_nothing(cluster, dataset, release, tmp_path):
     uri = tmp_path / "nih"
     kept: dict[Path, int] = {}
@@ -206,6 +210,17 @@ def test_archives_killed_between_passes_end_with_the_same_bytes(cluster, dataset
     kill_at(cluster, "4", release=tmp_path / "tars", uri=uri)
     indexes = {path: path.stat().st_mtime_ns for path in uri.rglob("index.parquet")}
     assert len(indexes) == 3
+    split_of = {
+        name: split
+        for split in nih.SPLITS
+        for name in Manifest.load(str(dataset[0])).rows(split)["image_id"].to_pylist()
+    }
+    for path in indexes:
+        staged = sorted(pq.read_table(path).to_pylist(), key=lambda row: (row["run"], row["offset"]))
+        for _, run_rows in itertools.groupby(staged, key=lambda row: row["run"]):
+            splits = [nih.SPLITS.index(split_of[row["image_id"]]) for row in run_rows]
+            assert splits == sorted(splits)
+            assert len(set(splits)) == 3
     kill_at(cluster, "manifest", release=tmp_path / "tars", uri=uri)
     assert {path: path.stat().st_mtime_ns for path in indexes} == indexes
     run(tmp_path / "tars", uri)
@@ -280,6 +295,22 @@ def test_unreadable_images_found_before_a_kill_are_remembered(cluster, release, 
     assert contents(tmp_path / "nih") == contents(tmp_path / "whole")
 
 
+def test_a_lost_shard_of_a_dataset_with_unreadable_images_is_made_again_alone(cluster, release, tmp_path):
+    files, _ = odd_files(release)
+    source = copy_with(release, tmp_path / "odd", {f"images/{name}": data for name, data in files.items()})
+    uri = tmp_path / "nih"
+    run(source, uri)
+    first = contents(uri)
+    kept = {p: p.stat().st_mtime_ns for p in uri.rglob("part-*.parquet")}
+    lost = kept.popitem()[0]
+    lost.unlink()
+    kill_at(cluster, "1", release=source, uri=uri)
+    assert not (uri / "manifest.json").exists()
+    run(source, uri)
+    assert contents(uri) == first
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+
+
 def test_equal_copies_are_kept_once_and_different_ones_named(cluster, release, tmp_path):
     name = "00000001_000.png"
     same = (release / "images" / name).read_bytes()
@@ -300,7 +331,28 @@ def test_copies_over_archives(cluster, release, tmp_path):
     write_tar(tmp_path / "tars" / "images_009.tar.gz", [(f"images/{name}", png(noise(99, 64)))])
     with pytest.raises(DataError, match=rf"{name}: found two different.*images_001.tar.gz and images_009.tar.gz"):
         run(tmp_path / "tars", tmp_path / "nih2", size=64)
-    assert not (tmp_path / "nih2" / ".staging").exists()
+    write_tar(tmp_path / "tars" / "images_009.tar.gz", [(f"images/{name}", (release / "images" / name).read_bytes())])
+    assert run(tmp_path / "tars", tmp_path / "nih2", size=64)["duplicate_images"] == 1
+    assert contents(tmp_path / "nih2") == contents(tmp_path / "nih")
+
+
+def test_one_cut_archive_costs_only_itself(cluster, release, tmp_path):
+    write_archives(tmp_path / "tars", release)
+    uri = tmp_path / "nih"
+    kill_at(cluster, "manifest", release=tmp_path / "tars", uri=uri, size=64)
+    kept = {path: path.stat().st_mtime_ns for path in uri.rglob("index.parquet")}
+    archive = tmp_path / "tars" / "images_002.tar.gz"
+    whole = archive.read_bytes()
+    archive.write_bytes(whole[:-3000])
+    with pytest.raises(DataError, match=r"images_002\.tar\.gz: found a broken archive"):
+        run(tmp_path / "tars", uri, size=64)
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    archive.write_bytes(whole)
+    kill_at(cluster, "manifest", release=tmp_path / "tars", uri=uri, size=64)
+    again = {path for path, when in kept.items() if path.stat().st_mtime_ns != when}
+    assert {json.loads(pq.read_schema(path).metadata[b"key"])[1] for path in again} == {"images_002.tar.gz"}
+    run(tmp_path / "tars", uri, size=64)
+    assert not (uri / ".staging").exists()
 
 
 def special(name: str, kind: bytes = tarfile.REGTYPE, **fields) -> tarfile.TarInfo:
@@ -326,8 +378,12 @@ def test_hostile_members_stop_it_with_nothing_written(cluster, release, tmp_path
     write_tar(tmp_path / "tars" / "images_002.tar.gz", [("images/a.png", b"x")], member)
     with pytest.raises(DataError, match=rf"images_002.tar.gz: member .*{words}"):
         run(tmp_path / "tars", tmp_path / "out" / "nih", size=64)
-    assert [path for path in (tmp_path / "out").rglob("*") if path.is_file()] == []
-    assert not (tmp_path / "escape.png").exists()
+    assert {
+        path.relative_to(tmp_path / "out" / "nih").parts[0]
+        for path in (tmp_path / "out").rglob("*.*")
+        if path.is_file()
+    } <= {".staging"}
+    assert list(tmp_path.rglob("escape.png")) == []
 
 
 def test_absurd_member_and_broken_archive(cluster, release, tmp_path):
@@ -345,6 +401,23 @@ def test_absurd_member_and_broken_archive(cluster, release, tmp_path):
     archive.write_bytes(archive.read_bytes()[:-3000])
     with pytest.raises(DataError, match=r"images_001\.tar\.gz: found a broken archive"):
         run(tmp_path / "tars", tmp_path / "nih", size=64)
+
+
+def test_the_official_release_as_it_lies(tmp_path):
+    """NIH's folder: twelve archives in images/, the tables and papers beside them, a download under way."""
+    names = [f"images_{number:03d}.tar.gz" for number in range(1, 11)] + ["images_11.tar.gz", "images_12.tgz"]
+    others = (
+        "README_CHESTXRAY.pdf",
+        "BBox_List_2017.csv",
+        "images/batch_download_zips.py",
+        "images/images_013.tar.gz.part",
+    )
+    for path in (*(f"images/{name}" for name in names), *others, "images/.images_001.tar.gz.aria2"):
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).write_bytes(path.encode())
+    found = find_images(str(tmp_path))
+    assert [path for path, _ in found.archives] == [f"images/{name}" for name in sorted(names)]
+    assert found.images == {}
 
 
 def test_releases_without_images_labels_or_matches_say_so(cluster, release, tmp_path):
@@ -392,6 +465,42 @@ def test_in_place_reads_the_files_where_they_lie(cluster, release, tmp_path):
     assert table["image_id"].to_pylist() == names
     assert table["image"].to_pylist() == [(release / "images" / name).read_bytes() for name in names]
     assert (nih.findings_matrix(table) == nih.findings_matrix(rows)[[5, 0, 3]]).all()
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_the_advice_mends_an_in_place_dataset(cluster, release, tmp_path, cut):
+    source, uri = copy_with(release, tmp_path / "release", {}), tmp_path / "nih"
+    run(source, uri, in_place=True)
+    image = source / "images" / Manifest.load(str(uri)).rows("train")["image_id"][0].as_py()
+    whole = image.read_bytes()
+    image.unlink()
+    if cut:
+        image.write_bytes(whole[:-9])
+    with pytest.raises(DataError, match=rf"{image.name}: found .*put the file back, or delete .*manifest\.json"):
+        read_all(uri)
+    with pytest.raises(DataError, match=r"delete its manifest\.json to take them in"):
+        run(source, uri, in_place=True)
+    (uri / "manifest.json").unlink()
+    run(source, uri, in_place=True)
+    assert len(read_all(uri)) == NUM_IMAGES - (not cut)
+    image.write_bytes(whole)
+    (uri / "manifest.json").unlink()
+    run(source, uri, in_place=True)
+    assert read_all(uri)[image.name] == whole
+
+
+def test_more_images_are_taken_in_once_the_manifest_is_deleted(cluster, dataset, release, tmp_path):
+    lost = release / "images" / "00000009_001.png"
+    source = copy_with(release, tmp_path / "release", {})
+    (source / "images" / lost.name).unlink()
+    uri = tmp_path / "nih"
+    assert run(source, uri)["missing_images"] == 1
+    (source / "images" / lost.name).write_bytes(lost.read_bytes())
+    with pytest.raises(DataError, match=r"found a dataset of 89 release files, and now 90.*delete its manifest\.json"):
+        run(source, uri)
+    (uri / "manifest.json").unlink()
+    run(source, uri)
+    assert contents(uri) == contents(dataset[0])
 
 
 def test_placement_is_the_same_in_place_and_in_shards(cluster, dataset, release, tmp_path):

@@ -125,6 +125,24 @@ def test_files_that_are_no_table(data, words):
         nih.read_labels(data, "x.csv")
 
 
+@pytest.mark.parametrize(
+    ("row", "quoted"),
+    [
+        ("00000001_001.png", '"00000001_001.png'),
+        ("No Finding", '"No Finding'),
+        (
+            "00000001_001.png,No Finding,1,1,58,M,AP,2894,2729,0.143,0.143",
+            '00000001_001.png,No Finding,1,1,58,M,AP,2894,2729,0.143,"0.143',
+        ),
+    ],
+)
+@pytest.mark.parametrize("more", [0, 5000])
+def test_a_quote_that_stays_open_swallows_no_rows(row, quoted, more):
+    tail = "".join(f"{p:08d}_000.png,Mass,0,{p},50,M,PA,1,1,1,1\n" for p in range(10, 10 + more))
+    with pytest.raises(DataError, match=r"x\.csv: line 3: found a row that is no CSV"):
+        nih.read_labels((V2020.replace(row, quoted, 1) + tail).encode(), "x.csv")
+
+
 def test_lists():
     assert nih.read_list(b"a.png\r\n\r\n b.png \nc.png", "l.txt") == ["a.png", "b.png", "c.png"]
     with pytest.raises(DataError, match=r"l\.txt: line 3: a\.png is already in line 1"):
