@@ -22,6 +22,7 @@ import pyarrow as pa
 from pyarrow import fs as pafs
 
 from cxr_dist.errors import InputError
+from cxr_dist.store_errors import MISSING, NO_BUCKET, REFUSED, TRANSIENT, advice, mentions, shown
 
 T = TypeVar("T")
 
@@ -29,21 +30,6 @@ ATTEMPTS = 4
 """Times that an operation with a transient fault is tried; pyarrow tries each S3 request a few times by itself."""
 MAX_PAUSE_S = 8.0
 """Longest pause between two tries, seconds."""
-
-_MISSING = ("NO_SUCH_KEY", "RESOURCE_NOT_FOUND", "HTTP response code 404", "Path does not exist")
-_NO_BUCKET = ("NO_SUCH_BUCKET", "NoSuchBucket", "InvalidBucketName", "Bucket not found")
-_REFUSED = (
-    *("ACCESS_DENIED", "INVALID_ACCESS_KEY_ID", "SIGNATURE_DOES_NOT_MATCH", "INVALID_SIGNATURE", "EXPIRED_TOKEN"),
-    *("MISSING_AUTHENTICATION_TOKEN", "ExpiredToken", "UNRECOGNIZED_CLIENT", "Access Denied", "credentials"),
-    *("HTTP response code 401", "HTTP response code 403"),
-)
-_UNREACHABLE = ("NETWORK_CONNECTION", "curlCode", "Could not connect", "Couldn't connect", "Couldn't resolve")
-_TRANSIENT = (
-    *_UNREACHABLE,
-    *("SLOW_DOWN", "SlowDown", "THROTTLING", "REQUEST_TIMEOUT", "INTERNAL_FAILURE", "SERVICE_UNAVAILABLE"),
-    *("HTTP response code 408", "HTTP response code 429", "HTTP response code 5", "HTTP status 5", "Incomplete write"),
-)
-_NO_TRAILERS = "MissingContentLength"
 
 
 def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
@@ -69,14 +55,6 @@ def join(uri: str, *parts: str) -> str:
     """`uri` with path parts appended; a query (`?region=…`) stays at the end."""
     base, mark, query = uri.partition("?") if "://" in uri else (uri, "", "")
     return "/".join([base.rstrip("/"), *(part.strip("/") for part in parts if part)]) + mark + query
-
-
-def shown(uri: str) -> str:
-    """`uri` as it may be printed: without user name, password and query."""
-    if "://" not in uri:
-        return uri
-    scheme, _, rest = uri.partition("://")
-    return f"{scheme}://{rest.split('?', 1)[0].rsplit('@', 1)[-1]}"
 
 
 def absolute(uri: str) -> str:
@@ -243,7 +221,7 @@ def _bucket(scheme: str, netloc: str, query: str) -> str:
     uri = f"{scheme}://{netloc}"
     found = retry(lambda: _filesystem(scheme, netloc, query).get_file_info(netloc), uri)
     if found.type == pafs.FileType.NotFound:
-        raise InputError(_advice(uri, "NO_SUCH_BUCKET"))
+        raise InputError(advice(uri, "NO_SUCH_BUCKET"))
     return netloc
 
 
@@ -305,8 +283,8 @@ def retry(operation: Callable[[], T], uri: str, pause: Callable[[float], None] =
         try:
             return operation()
         except (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError) as error:
-            if not is_local(uri) and (isinstance(error, PermissionError) or _has(str(error), _NO_BUCKET)):
-                raise InputError(_advice(uri, str(error))) from None
+            if not is_local(uri) and (isinstance(error, PermissionError) or mentions(str(error), NO_BUCKET)):
+                raise InputError(advice(uri, str(error))) from None
             if isinstance(error, FileNotFoundError):
                 _check_bucket(uri)
             raise
@@ -314,37 +292,12 @@ def retry(operation: Callable[[], T], uri: str, pause: Callable[[float], None] =
             text = str(error)
             if is_local(uri):
                 raise
-            if _has(text, _NO_BUCKET) or _has(text, _REFUSED):
-                raise InputError(_advice(uri, text)) from None
-            if _has(text, _MISSING):
+            if mentions(text, NO_BUCKET) or mentions(text, REFUSED):
+                raise InputError(advice(uri, text)) from None
+            if mentions(text, MISSING):
                 _check_bucket(uri)
                 raise FileNotFoundError(shown(uri)) from None
-            if not _has(text, _TRANSIENT) or attempt == ATTEMPTS - 1:
-                raise InputError(_advice(uri, text)) from None
+            if not mentions(text, TRANSIENT) or attempt == ATTEMPTS - 1:
+                raise InputError(advice(uri, text)) from None
             pause(min(MAX_PAUSE_S, 0.5 * 2**attempt) * random.uniform(0.5, 1.0))  # noqa: S311
     raise AssertionError("unreachable")
-
-
-def _has(text: str, marks: tuple[str, ...]) -> bool:
-    return any(mark in text for mark in marks)
-
-
-def _advice(uri: str, text: str) -> str:
-    """One sentence for a person; the store's own words are left out where they may hold a key id."""
-    if _has(text, _NO_BUCKET):
-        return (
-            f"{shown(uri)}: the bucket does not exist; make it, or check the name and the endpoint (AWS_ENDPOINT_URL)"
-        )
-    if _has(text, _REFUSED):
-        return (
-            f"{shown(uri)}: access was refused; check the credentials in the environment "
-            "(AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, or the machine's role) and their rights on the bucket"
-        )
-    if _has(text, _UNREACHABLE):
-        return f"{shown(uri)}: the object store does not answer; start it, or check AWS_ENDPOINT_URL and the network"
-    if _NO_TRAILERS in text:
-        return (
-            f"{shown(uri)}: the server does not understand checksums in trailers; "
-            "set AWS_REQUEST_CHECKSUM_CALCULATION=when_required"
-        )
-    return f"{shown(uri)}: the object store failed ({' '.join(text.split())[:200]}); try again, or check the store"

@@ -124,6 +124,19 @@ class TrackedRun:
         entities = [RunTag(key, value[:LONGEST_TAG]) for key, value in scrub_items(tags).items()]
         self._try("tags", lambda: self._client.log_batch(self.run_id, tags=entities))
 
+    def count_in_experiment(self, tag: str) -> int | None:
+        """Add one to a number kept as a tag of the experiment; the new number, or None if the server did not answer."""
+        counted: list[int] = []
+
+        def count() -> None:
+            experiment = self._client.get_run(self.run_id).info.experiment_id
+            before = int(self._client.get_experiment(experiment).tags.get(tag, "0"))
+            self._client.set_experiment_tag(experiment, tag, before + 1)
+            counted.append(before + 1)
+
+        self._try(f"count of {tag}", count)
+        return counted[0] if counted else None
+
     def log_metrics(self, metrics: Mapping[str, float], *, step: int, epoch: int | None = None) -> None:
         """Record metrics of the driver, local first: see `MetricJournal.log`."""
         if self._journal is None:

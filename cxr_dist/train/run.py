@@ -217,6 +217,8 @@ def evaluate(tracked: TrackedRun, job: TrainJob, corrupt: dict[str, str], *, las
         (folder / "corrupt_images.json").write_text(json.dumps(corrupt, indent=1))
     tracked.log_artifacts(folder)
     if judged.split == "test":
+        number = tracked.count_in_experiment("test_evaluations")
+        tracked.set_tags({"test_evaluation": f"number {number} of this experiment"})
         outcome["test_auroc"] = found["auroc"]
         named = {f"test/auroc/{name}": value for name, value in found["auroc"].items() if name != "mean"}
         named |= {"test/auroc_mean": found["auroc"]["mean"], "test/n_scored": float(len(judged))}

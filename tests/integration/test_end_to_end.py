@@ -164,6 +164,7 @@ def test_a_submitted_run_ends_with_everything_in_mlflow(trained, client, manifes
     assert {"train/images_per_s", "train/data_wait_fraction", "train/lr"} <= set(found.data.metrics)
     assert any(name.startswith("system/node0") for name in found.data.metrics)
     assert found.data.tags["mlflow.source.git.commit"] == COMMIT
+    assert found.data.tags["test_evaluation"] == "number 1 of this experiment"
     for finding, value in result["test_auroc"].items():
         name = "test/auroc_mean" if finding == "mean" else f"test/auroc/{finding}"
         assert found.data.metrics.get(name) == pytest.approx(value)

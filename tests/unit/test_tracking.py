@@ -192,6 +192,16 @@ def test_driver_metrics_reach_the_run(store: str, client: MlflowClient, tmp_path
     assert _history(client, run.run_id, "epoch") == [(3, 1.0)]
 
 
+def test_what_is_counted_in_the_experiment_grows_over_its_runs(
+    store: str, client: MlflowClient, tmp_path: Path
+) -> None:
+    for expected in (1, 2):
+        with _run(store, tmp_path) as run:
+            assert run.count_in_experiment("looks") == expected
+    experiment = client.get_run(run.run_id).info.experiment_id
+    assert client.get_experiment(experiment).tags["looks"] == "2"
+
+
 def test_unknown_run_id_and_dead_server_are_refused(store: str, tmp_path: Path, dead_server: str) -> None:
     with pytest.raises(InputError, match="0123456789abcdef"), _run(store, tmp_path, run_id="0123456789abcdef"):
         pass
