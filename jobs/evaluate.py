@@ -36,7 +36,7 @@ def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
         raise ConfigError("evaluate: found neither or both of --scores and --checkpoint, expected one of them")
     if args.checkpoint and args.validation_scores:
         raise ConfigError("evaluate: --validation_scores goes with --scores; a checkpoint scores validation itself")
-    dropped = 0
+    dropped, missing = 0, None
     labels: dict[str, str] = {}
     validation: ScoreTable | None = None
     if args.checkpoint:
@@ -49,6 +49,7 @@ def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
             validation, _ = _load(config, release, args.validation_scores, "validation")
         if release is not None:
             labels = {key.decode(): value.decode() for key, value in (release.schema.metadata or {}).items()}
+        missing = _missing_from_test_list(config, release, scores) if args.split == "test" else None
         title = Path(args.scores).name
     report = write_report(
         args.out,
@@ -61,8 +62,12 @@ def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     print(table(report))
     if dropped:
         print(f"left out: {dropped:,} images with a finding outside {config.data.label_set} (its cleaning)")
+    if args.scores and args.split == "test" and missing is None:
+        print("not compared with the official test list; give data.test_list")
+    if missing:
+        print(f"not scored: {missing:,} images of the test list")
     print(f"figures and tables: {args.out}")
-    return {**report, "n_left_out": dropped, "labels": labels, "out": str(args.out)}
+    return {**report, "n_left_out": dropped, "n_missing": missing, "labels": labels, "out": str(args.out)}
 
 
 def _score(config: Config, checkpoint_uri: str, split: str) -> tuple[ScoreTable, ScoreTable | None]:
@@ -99,6 +104,26 @@ def _read_labels(config: Config) -> Any:
         return nih.read_labels(storage.read_bytes(config.data.labels), storage.shown(config.data.labels))
     except FileNotFoundError:
         raise DataError(f"data.labels: no file at {storage.shown(config.data.labels)}") from None
+
+
+def _missing_from_test_list(config: Config, labels: Any, scores: ScoreTable) -> int | None:
+    """How many images of `data.test_list` have no score, after the label set's cleaning; None without a list.
+
+    Raises DataError for scored images that are not in the list: they may be training images.
+    """
+    if not config.data.test_list:
+        return None
+    where = storage.shown(config.data.test_list)
+    listed = set(nih.read_list(storage.read_bytes(config.data.test_list), where))
+    foreign = sorted(set(scores.image_ids.tolist()) - listed)
+    if foreign:
+        raise DataError(
+            f"scores: found {len(foreign)} images that are not in the test list {where} (first {foreign[0]}), expected "
+            "only its images; they may have been trained on: leave them out, or data.test_list empty"
+        )
+    if labels is not None:
+        listed &= set(nih.clean(labels, config.data.label_set)["image_id"].to_pylist())
+    return len(listed) - len(scores)
 
 
 def _load(config: Config, labels: Any, path: str, split: str) -> tuple[ScoreTable, int]:

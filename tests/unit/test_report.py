@@ -243,6 +243,23 @@ def test_job_cleans_a_foreign_table_as_nih8_does(tmp_path: Path, capsys: pytest.
     assert (result["n_scored"], result["n_left_out"], result["auroc"]["Mass"]) == (3, 0, 0.5)
 
 
+def test_job_compares_scored_images_with_the_test_list(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    header = "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position\n"
+    rows = [f"{n}.png,{'Mass' if n % 2 else 'No Finding'},0,{n},57,M,PA" for n in range(1, 5)]
+    (tmp_path / "labels.csv").write_text(header + "\n".join(rows) + "\n")
+    (tmp_path / "scores.csv").write_text("image_id,Mass\n1.png,0.5\n2.png,0.1\n")
+    flags = ["--scores", tmp_path / "scores.csv", "--data.labels", tmp_path / "labels.csv", "--out", tmp_path / "out"]
+    flags += ["--data.test_list", tmp_path / "test_list.txt"]
+    (tmp_path / "test_list.txt").write_text("1.png\n2.png\n4.png")
+    assert run_in_process(*flags) == 0
+    human, last = capsys.readouterr().out.rstrip().rsplit("\n", 1)
+    assert json.loads(last)["n_missing"] == 1
+    assert "not scored: 1 images of the test list" in human
+    (tmp_path / "test_list.txt").write_text("1.png\n4.png")
+    assert run_in_process(*flags) == 2
+    assert "found 1 images that are not in the test list" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
