@@ -3,6 +3,7 @@
 import contextlib
 import logging
 from collections.abc import Iterator
+from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -26,13 +27,24 @@ def system_metrics(tracking_uri: str, run_id: str) -> Iterator[None]:
         monitors.append(actor.options(scheduling_strategy=affinity).remote(tracking_uri, run_id, name))
     try:
         yield
+    except (SystemExit, KeyboardInterrupt):
+        raise  # a stopped job has seconds left, and the run's status needs them more than the last samples
+    except BaseException:
+        _stop(monitors)
+        raise
+    else:
+        _stop(monitors)
     finally:
-        stopped = [monitor.stop.remote() for monitor in monitors]
-        done, _ = ray.wait(stopped, num_returns=len(stopped), timeout=STOP_S)
-        if len(done) < len(stopped):
-            log.warning("system metrics: %d of %d nodes did not answer", len(stopped) - len(done), len(stopped))
         for monitor in monitors:
             ray.kill(monitor)
+
+
+def _stop(monitors: list[Any]) -> None:
+    """Have each node send its last samples."""
+    stopped = [monitor.stop.remote() for monitor in monitors]
+    done, _ = ray.wait(stopped, num_returns=len(stopped), timeout=STOP_S)
+    if len(done) < len(stopped):
+        log.warning("system metrics: %d of %d nodes did not answer", len(stopped) - len(done), len(stopped))
 
 
 class NodeMonitor:
