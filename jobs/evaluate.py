@@ -24,7 +24,7 @@ def add_flags(parser: Any) -> None:
     """The job's own flags."""
     optional = str | None
     parser.add_argument("--scores", type=optional, help="score table to judge, Parquet or CSV (.gz), of any model")
-    parser.add_argument("--validation_scores", type=optional, help="score table that thresholds are chosen on")
+    parser.add_argument("--validation-scores", type=optional, help="score table that thresholds are chosen on")
     parser.add_argument("--checkpoint", type=optional, help="URI of a run's checkpoint to score and judge")
     parser.add_argument("--split", type=Literal["validation", "test"], default="test", help="images that are judged")
     parser.add_argument("--out", type=str, default="outputs/evaluate", help="directory of the report")
@@ -35,7 +35,7 @@ def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     if bool(args.scores) == bool(args.checkpoint):
         raise ConfigError("evaluate: found neither or both of --scores and --checkpoint, expected one of them")
     if args.checkpoint and args.validation_scores:
-        raise ConfigError("evaluate: --validation_scores goes with --scores; a checkpoint scores validation itself")
+        raise ConfigError("evaluate: --validation-scores goes with --scores; a checkpoint scores validation itself")
     dropped, missing = 0, None
     labels: dict[str, str] = {}
     validation: ScoreTable | None = None

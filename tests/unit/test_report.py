@@ -218,7 +218,7 @@ def test_job_on_own_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     write(scored("test"), tmp_path / "test.parquet")
     write(scored("validation", first=1000), tmp_path / "validation.parquet")
     flags = ["--scores", tmp_path / "test.parquet", "--out", tmp_path / "out", "--json", tmp_path / "result.json"]
-    assert run_in_process(*flags, "--validation_scores", tmp_path / "validation.parquet") == 0
+    assert run_in_process(*flags, "--validation-scores", tmp_path / "validation.parquet") == 0
     *human, last = capsys.readouterr().out.splitlines()
     result = json.loads(last)
     assert json.loads((tmp_path / "result.json").read_text()) == result
@@ -265,7 +265,7 @@ def test_job_compares_scored_images_with_the_test_list(tmp_path: Path, capsys: p
     [
         ((), "found neither or both of --scores and --checkpoint"),
         (("--scores", "a", "--checkpoint", "b"), "found neither or both of --scores and --checkpoint"),
-        (("--checkpoint", "b", "--validation_scores", "c"), "--validation_scores goes with --scores"),
+        (("--checkpoint", "b", "--validation-scores", "c"), "--validation-scores goes with --scores"),
         (("--scores", "missing.parquet"), "missing.parquet: no such file"),
         (("--scores", "missing.csv", "--data.labels", "labels.csv"), "data.labels: no file at labels.csv"),
         (("--scores", "x", "--split", "train"), "split"),
