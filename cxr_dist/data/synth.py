@@ -18,11 +18,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from cxr_dist.data.synth_film import render, render_with_boxes
+from cxr_dist.data.synth_film import render_with_boxes
 from cxr_dist.data.synth_findings import DRAW, Box
 from cxr_dist.errors import ConfigError, DataError
 
-__all__ = ["render", "write_release"]
+__all__ = ["write_release"]
 
 DRAWING_VERSION = 1
 """Part of a release's identity: raised when the same arguments give other pixels."""

@@ -10,24 +10,9 @@ from cxr_dist.data.synth_anatomy import FINE, SMOOTH, Pose, Scene, build_body, b
 from cxr_dist.data.synth_findings import DRAW, Box, reshape
 from cxr_dist.errors import ConfigError
 
-__all__ = ["render", "render_with_boxes"]
+__all__ = ["render_with_boxes"]
 
 _AIR_DEPTH = 0.47
-
-
-def render(
-    rng: int | np.random.Generator,
-    findings: Collection[str],
-    view: str,
-    sex: str,
-    age: int,
-    size: int = 1024,
-    *,
-    anatomy_seed: int | None = None,
-    contrast: float = 1.0,
-) -> NDArray[np.uint8]:
-    """One radiograph, uint8 [size, size]; arguments as in `render_with_boxes`."""
-    return render_with_boxes(rng, findings, view, sex, age, size, anatomy_seed=anatomy_seed, contrast=contrast)[0]
 
 
 def render_with_boxes(

@@ -25,16 +25,15 @@ def system_metrics(tracking_uri: str, run_id: str) -> Iterator[None]:
         name = f"node{number}-{node['NodeManagerAddress']}"
         affinity = NodeAffinitySchedulingStrategy(node_id=node["NodeID"], soft=False)
         monitors.append(actor.options(scheduling_strategy=affinity).remote(tracking_uri, run_id, name))
+    patient = True
     try:
         yield
     except (SystemExit, KeyboardInterrupt):
-        raise  # a stopped job has seconds left, and the run's status needs them more than the last samples
-    except BaseException:
-        _stop(monitors)
+        patient = False  # a stopped job has seconds left, and the run's status needs them more than the last samples
         raise
-    else:
-        _stop(monitors)
     finally:
+        if patient:
+            _stop(monitors)
         for monitor in monitors:
             ray.kill(monitor)
 

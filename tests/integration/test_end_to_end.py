@@ -85,6 +85,12 @@ def wait(jobs: JobSubmissionClient, job_id: str, until=None, deadline_s: float =
     pytest.fail(f"job {job_id} did not end in {deadline_s} s:\n{jobs.get_job_logs(job_id)[-4000:]}")
 
 
+def still_running(job: Submitted) -> Submitted:
+    """The job, which has epochs left for what the test is going to do to it."""
+    assert job.status == JobStatus.RUNNING, f"the run ended before it could be hurt; raise EPOCHS: {job.logs[-2000:]}"
+    return job
+
+
 def run(jobs: JobSubmissionClient, command: str) -> Submitted:
     return wait(jobs, submit(jobs, command))
 
@@ -198,7 +204,7 @@ def test_a_stopped_job_is_killed_in_mlflow_and_goes_on_to_the_same_result(jobs, 
     def first_epoch_is_over() -> bool:
         return any("val/loss" in found.data.metrics for found in find(client, "stopped"))
 
-    wait(jobs, job_id, until=first_epoch_is_over)
+    still_running(wait(jobs, job_id, until=first_epoch_is_over))
     jobs.stop_job(job_id)
     assert wait(jobs, job_id).status == JobStatus.STOPPED
     [found] = find(client, "stopped")
@@ -223,7 +229,7 @@ def test_a_killed_worker_costs_no_sample_and_no_step(jobs, train, client, traine
     def first_epoch_is_over() -> bool:
         return any("val/loss" in found.data.metrics for found in find(client, "killed"))
 
-    running = wait(jobs, job_id, until=first_epoch_is_over)
+    running = still_running(wait(jobs, job_id, until=first_epoch_is_over))
     workers = re.findall(r"RayTrainWorker pid=(\d+)", running.logs)
     os.kill(int(workers[-1]), signal.SIGKILL)
     job = wait(jobs, job_id)

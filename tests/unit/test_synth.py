@@ -14,13 +14,18 @@ from PIL import Image
 
 from cxr_dist.data.nih import FINDINGS, read_labels, read_list
 from cxr_dist.data.synth import write_release
-from cxr_dist.data.synth_film import render, render_with_boxes
+from cxr_dist.data.synth_film import render_with_boxes
 from cxr_dist.data.synth_findings import DRAW
 from cxr_dist.errors import ConfigError, DataError
 
 ROOT = Path(__file__).resolve().parents[2]
 LOCAL = ("Consolidation", "Effusion", "Mass", "Nodule", "Pleural_Thickening", "Pneumonia", "Pneumothorax")
 ARGUMENTS = {"num_patients": 9, "seed": 3, "prevalence": 0.5, "size": 64, "processes": 1}
+
+
+def render(*arguments: object, **options: object) -> np.ndarray:
+    """The pixels alone."""
+    return render_with_boxes(*arguments, **options)[0]
 
 
 def _digests(folder: Path) -> dict[str, str]:
