@@ -19,8 +19,9 @@ import ray
 import ray.train
 from ray.util.annotations import RayDeprecationWarning
 
-from cxr_dist.data.decode import CORRUPT, OK, Decoder, StreamSpec, fixed_rows
+from cxr_dist.data.decode import Decoder, StreamSpec
 from cxr_dist.data.plan import Plan, Step
+from cxr_dist.data.rows import CORRUPT, OK, fixed_rows
 from cxr_dist.errors import RunError
 
 __all__ = ["Batch", "PlanDataConfig", "Stream", "build_splits"]

@@ -15,10 +15,10 @@ import torch
 from cxr_dist import storage
 from cxr_dist.cluster import free_cpus
 from cxr_dist.config import Config, ModelConfig
-from cxr_dist.data.decode import CORRUPT, OK, PADDING, Journal, RowDecoder, fixed_rows
 from cxr_dist.data.manifest import Manifest
 from cxr_dist.data.nih import FINDINGS
 from cxr_dist.data.plan import Split
+from cxr_dist.data.rows import CORRUPT, OK, PADDING, Journal, RowDecoder, fixed_rows
 from cxr_dist.data.shards import ShardReader
 from cxr_dist.errors import ConfigError, DataError, RunError
 from cxr_dist.evaluate.scores import ScoreTable, from_logits

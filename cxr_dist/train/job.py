@@ -4,8 +4,9 @@ import uuid
 from dataclasses import dataclass
 
 from cxr_dist.config import Config
-from cxr_dist.data.decode import RowSource, StreamSpec
+from cxr_dist.data.decode import StreamSpec
 from cxr_dist.data.plan import Plan
+from cxr_dist.data.rows import RowSource
 from cxr_dist.train.checkpoint import Checkpoints
 
 __all__ = ["TrainJob"]

@@ -8,10 +8,10 @@ import torch
 
 from cxr_dist import storage
 from cxr_dist.config import Config
-from cxr_dist.data.decode import Journal, RowDecoder, fixed_rows
 from cxr_dist.data.manifest import Manifest
 from cxr_dist.data.nih import FINDINGS
 from cxr_dist.data.plan import Plan, Split
+from cxr_dist.data.rows import Journal, RowDecoder, fixed_rows
 from cxr_dist.data.shards import ShardReader
 from cxr_dist.model import weights
 from cxr_dist.model.augment import to_input

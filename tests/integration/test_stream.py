@@ -18,9 +18,10 @@ import pyarrow as pa
 import pytest
 import ray
 
-from cxr_dist.data.decode import GREY, Decoder, StreamSpec, decode_isolated
+from cxr_dist.data.decode import Decoder, StreamSpec
 from cxr_dist.data.images import to_grey, to_grey_many
 from cxr_dist.data.plan import Plan, Split
+from cxr_dist.data.rows import GREY, decode_isolated
 from cxr_dist.data.stream import Batch, EmptyShard, PlanDataConfig, Stream, build_splits
 from cxr_dist.errors import RunError
 from tests.releases import noise, png

@@ -15,20 +15,19 @@ import pyarrow as pa
 import pytest
 
 from cxr_dist.data import images
-from cxr_dist.data.decode import (
+from cxr_dist.data.decode import Decoder, StreamSpec
+from cxr_dist.data.plan import EMPTY, Plan, Split, draws
+from cxr_dist.data.rows import (
     CORRUPT,
     GREY,
     OK,
     PADDING,
-    Decoder,
     Journal,
     RowDecoder,
-    StreamSpec,
     decode_isolated,
     fixed_rows,
     row_schema,
 )
-from cxr_dist.data.plan import EMPTY, Plan, Split, draws
 from cxr_dist.errors import RunError
 from tests.releases import noise, png
 
@@ -100,7 +99,7 @@ def pixels_of(table: pa.Table) -> np.ndarray:
 
 def test_rows_of_full_short_and_empty_row_groups():
     table = rows_of(row_decoder(PNGS), [1, 2, EMPTY])
-    assert table.schema == row_schema(SIZE, 3)
+    assert table.schema == row_schema(SIZE * SIZE, 3)
     assert table["row"].to_pylist() == [4, 5, 6, 7, 8, 9, 10, -1, -1, -1, -1, -1]
     assert table["image_id"].to_pylist() == [f"train {row}.png" for row in range(4, 11)] + [""] * 5
     assert table["state"].to_pylist() == [OK] * 7 + [PADDING] * 5
@@ -298,5 +297,5 @@ def test_isolated_decoding_names_what_went_wrong(monkeypatch):
     assert isolated("sys.exit(3)") == "decoder ended with 3"
     assert isolated("raise MemoryError('no room')") == "MemoryError: no room"
     assert isolated("sys.stdout.write('x')") == "decoder ended with 0"
-    monkeypatch.setattr("cxr_dist.data.decode.ISOLATED_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("cxr_dist.data.rows.ISOLATED_TIMEOUT_S", 0.2)
     assert isolated("import time; time.sleep(60)") == "decoder hung for 0.2 s"

@@ -7,8 +7,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from cxr_dist.data.decode import CORRUPT, OK, PADDING
 from cxr_dist.data.images import PIXELS_VERSION
+from cxr_dist.data.rows import CORRUPT, OK, PADDING
 from cxr_dist.errors import DataError, RunError
 from cxr_dist.evaluate import inference
 
