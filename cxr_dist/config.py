@@ -166,6 +166,14 @@ class TrainConfig:
     """Seed of the order of samples, the augmentation, and every random initial weight."""
     views: int = 0
     """Different augmented views of an image that recur over the epochs; 0: a fresh one every epoch."""
+    features: Literal["auto", "on", "off"] = "auto"
+    """Compute the frozen prefix once an image and view and keep its output; auto: where that is faster, by measurement."""
+    features_uri: str = ""
+    """URI under which features are kept, for every run that can use them; empty: features, beside storage_path's runs."""
+    features_type: Literal["fp16", "bf16", "fp32"] = "fp16"
+    """What features are kept in; fp32 repeats an uncached run bit for bit on a CPU, at twice the size."""
+    features_memory: Literal["auto", "device", "store", "stream"] = "auto"
+    """Where a rank takes features from: its device's memory, the node's object store, or the shards; auto: the first that fits."""
     augment: bool = True
     """Random affine and flip of the training images (rotation and shear 5 degrees, shift 2 %, scale 5 %, flip 1/2)."""
     pos_weight: bool = True

@@ -3,10 +3,11 @@
 import contextlib
 import dataclasses
 import hashlib
+import json
 import multiprocessing
 import traceback
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -20,16 +21,21 @@ import torch.distributed as dist
 from cxr_dist import storage
 from cxr_dist.config import Config, DataConfig, EvaluateConfig, ModelConfig, OptimizerConfig, RunConfig, TrainConfig
 from cxr_dist.data.decode import Decoder, StreamSpec
+from cxr_dist.data.features import FeatureShard
 from cxr_dist.data.nih import FINDINGS
 from cxr_dist.data.plan import Plan, Split, Step
+from cxr_dist.data.resident import ResidentShard
 from cxr_dist.data.stream import Batch, EmptyShard
 from cxr_dist.model import weights
 from cxr_dist.model.augment import to_input
 from cxr_dist.train import validation
+from cxr_dist.train.cache import build, look
 from cxr_dist.train.distributed import Ranks
 from cxr_dist.train.job import TrainJob
 from cxr_dist.train.loop import RunFaultError, Trainer
 from cxr_dist.train.monitor import Monitor
+from cxr_dist.train.prefix_pass import ComputeAlone, DecodeShard, Name, Place, Task, WriteShards
+from cxr_dist.train.survey import survey
 from cxr_dist.train.validation import Validation
 from tests.releases import noise, png
 
@@ -111,7 +117,7 @@ def make_job(
         data=DataConfig(uri="memory", size=SIZE, row_group=row_group, max_corrupt=max_corrupt),
         model=ModelConfig(weights="random", **{"bn_group": 4, "prefix_chunk": 8, **(model or {})}),
         optimizer=OptimizerConfig(**(optimizer or {})),
-        train=TrainConfig(**train),
+        train=TrainConfig(**{"features_uri": str(folder) + "-features", **train}),
         evaluate=EvaluateConfig(bootstrap=0),
         run=RunConfig(name="test"),
     )
@@ -141,6 +147,20 @@ def make_job(
         run_id="run",
         use_gpu=False,
     )
+
+
+def with_features(job: TrainJob) -> TrainJob:
+    """The job with its features computed in this process and kept in its folder."""
+
+    def compute(job: TrainJob, places: Mapping[Name, Place], tasks: list[Task]) -> Iterator[tuple[Name, FeatureShard]]:
+        actor = ComputeAlone(job, tasks, DecodeShard(job, tasks, uuid.uuid4().hex), WriteShards(tasks, places))
+        for number in range(len(tasks)):
+            for table in actor({"item": np.array([number])}):
+                for row in table.to_pylist():
+                    yield (row["split"], row["view"]), FeatureShard.from_json(json.loads(row["shard"]))
+
+    found = survey(job, measure=False)
+    return dataclasses.replace(job, features=build(job, look(job, found), found, compute))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,19 +236,24 @@ def memory_manifest(job: TrainJob) -> Iterator[None]:
         yield
 
 
-def make_trainer(job: TrainJob, ranks: Ranks) -> WatchedTrainer:
-    """A trainer of this rank over the run's remaining steps."""
+def make_trainer(job: TrainJob, ranks: Ranks, *, resident: bool = False) -> WatchedTrainer:
+    """A trainer of this rank over the run's remaining steps; `resident`: from features in memory."""
     spec = job.remaining(ranks.world_size)
-    shard = Shard(spec, ranks.rank) if spec.num_tasks else EmptyShard()
+    shard: Any = Shard(spec, ranks.rank) if spec.num_tasks else EmptyShard()
+    if resident:
+        assert job.features is not None
+        shard = ResidentShard(sets=job.features, refs=None, start=job.position())
     return WatchedTrainer(job, ranks, Monitor(job, ranks), shard=shard, device=torch.device("cpu"))
 
 
-def run_rank(job: TrainJob, *, stop_after: int | None = None, crash_at: int | None = None) -> dict[str, Any]:
+def run_rank(
+    job: TrainJob, *, stop_after: int | None = None, crash_at: int | None = None, resident: bool = False
+) -> dict[str, Any]:
     """Train on this rank to the end of the run, or until it is interrupted: after the end of epoch `stop_after`, or
     before step `crash_at`. What it saw, and the run's result unless it was interrupted or failed."""
     ranks = Ranks.join(60)
     with memory_manifest(job):
-        trainer = make_trainer(job, ranks)
+        trainer = make_trainer(job, ranks, resident=resident)
         trainer.crash_at, trainer.stop_after = crash_at, stop_after
         before = weights.sha256(trainer.network.prefix.state_dict())
         seen: dict[str, Any] = {"error": None, "interrupted": False}

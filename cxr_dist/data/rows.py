@@ -31,6 +31,7 @@ __all__ = [
     "RowDecoder",
     "RowSource",
     "decode_isolated",
+    "findings_of",
     "fixed_rows",
     "row_schema",
 ]
@@ -139,7 +140,7 @@ class RowDecoder:
             if len(table) != num_read or not (rows[:num_read] >= 0).all():
                 raise RunError(f"row groups {groups.tolist()}: found {len(table)} rows, expected {num_read}")
             ids[:num_read] = table["image_id"].to_pylist()
-            labels[:num_read] = _findings(table)[:, list(self.findings)]
+            labels[:num_read] = findings_of(table)[:, list(self.findings)]
             state[:num_read] = OK
             if self.encoding == "features":
                 state[:num_read], reasons[:num_read] = table["state"].to_numpy(), table["reason"].to_pylist()
@@ -216,7 +217,7 @@ class Journal:
         self.path.unlink(missing_ok=True)
 
 
-def _findings(table: pa.Table) -> npt.NDArray[np.uint8]:
+def findings_of(table: pa.Table) -> npt.NDArray[np.uint8]:
     """The findings column as [rows, findings] of 0 and 1."""
     column = table["findings"].combine_chunks()
     return np.asarray(column.flatten()).astype(np.uint8).reshape(len(table), -1)

@@ -18,7 +18,7 @@ from cxr_dist.data.manifest import Manifest
 from cxr_dist.data.nih import FINDINGS, findings_matrix
 from cxr_dist.errors import DataError
 
-COLUMNS = ["image_id", "findings", "image"]
+COLUMNS = ("image_id", "findings", "image")
 OPEN_FILES = 256
 """Shards whose footers a process keeps."""
 READ_THREADS = 8
@@ -45,6 +45,8 @@ class ShardReader:
     """Images in each row group [G]."""
     findings: npt.NDArray[np.bool_]
     """In place only: the fourteen findings of each row [G, 14]; shards hold their own."""
+    columns: tuple[str, ...] = COLUMNS
+    """What is read of a shard."""
 
     @classmethod
     def from_manifest(cls, manifest: Manifest, split: str) -> "ShardReader":
@@ -110,7 +112,7 @@ class ShardReader:
             source, footer = _open(uri, int(self.file_bytes[file]))
             # A new ParquetFile each time: one keeps what it pre-buffered, and is not for several threads.
             with pq.ParquetFile(source, metadata=footer, pre_buffer=True, page_checksum_verification=True) as parquet:
-                return parquet.read_row_groups(row_groups, columns=COLUMNS, use_threads=False)
+                return parquet.read_row_groups(row_groups, columns=list(self.columns), use_threads=False)
 
         try:
             return storage.retry(read, uri)
@@ -141,7 +143,7 @@ class ShardReader:
         flat = pa.array(self.findings[wanted].reshape(-1))
         findings = pa.FixedSizeListArray.from_arrays(flat, len(FINDINGS))
         images = pa.array([data[row] for row in wanted.tolist()], pa.binary())
-        return pa.table([pa.array(names, pa.string()), findings, images], names=COLUMNS)
+        return pa.table([pa.array(names, pa.string()), findings, images], names=list(COLUMNS))
 
     def _where(self, file: int) -> str:
         return storage.join(self.root, self.paths[file].as_py())

@@ -36,6 +36,7 @@ class Batch:
 
     step: Step
     images_BSS: npt.NDArray[np.uint8]
+    """Grey pixels; of no rows where the batch brings features."""
     labels_BK: npt.NDArray[np.uint8]
     draws_B6: npt.NDArray[np.float32]
     rows_B: npt.NDArray[np.int64]
@@ -45,6 +46,8 @@ class Batch:
     image_ids: list[str]
     corrupt: dict[str, str]
     """Unreadable images of this share: id to reason."""
+    features: Any = None
+    """Stored features of the rows: bytes [B, feature_bytes], or a tensor on the device; None where there are pixels."""
 
 
 def build_splits(
@@ -114,6 +117,7 @@ class Stream:
     rank: int
     world_size: int
     size: int
+    """Side of an image; 0 where the rows are features."""
     wait_s: float = 0.0
     """Seconds spent waiting for data, all batches together."""
     delivered: int = 0
@@ -169,9 +173,11 @@ class Stream:
         corrupt = {ids[row]: reasons[row] for row in np.flatnonzero(state == CORRUPT)}
         self.corrupt.update(corrupt)
         self.delivered += int((rows >= 0).sum())
+        content = fixed_rows(table["image"], np.uint8)
         return Batch(
             step=step,
-            images_BSS=fixed_rows(table["image"], np.uint8).reshape(len(rows), self.size, self.size),
+            images_BSS=content.reshape(-1, self.size, self.size) if self.size else content[:0].reshape(0, 0, 0),
+            features=None if self.size else content,
             labels_BK=fixed_rows(table["labels"], np.uint8),
             draws_B6=fixed_rows(table["draws"], np.dtype("<f4")),
             rows_B=rows,

@@ -22,6 +22,9 @@ StateDict = dict[str, Tensor]
 class Prefix(nn.Module):
     """The frozen part: images [B, C, S, S] to features. Always in eval mode, never with gradients."""
 
+    form = "plain-1"
+    """Names all in the way of computing that can change its values; part of every feature cache's key."""
+
     def __init__(self, features: nn.Sequential):
         super().__init__()
         self.features = features

@@ -78,17 +78,25 @@ class Network:
         with self.mixed():
             return run_prefix(self.prefix, inputs, self.chunk)
 
+    def stored(self, features_BCHW: Tensor) -> Tensor:
+        """Kept features as the tail takes them: on the device, in the type that the prefix would have given."""
+        return features_BCHW.to(self.device, self.autocast or self.dtype, non_blocking=True)
+
     @torch.inference_mode()
     def score(self, images_BSS: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         """Logits [B, K] in float32, on the host. Computed in fixed chunks, so an image's score is its own.
 
         The tail is put in eval mode and left in the mode it was in.
         """
+        return self.score_features(self.features(images_BSS))
+
+    @torch.inference_mode()
+    def score_features(self, features_BCHW: Tensor) -> npt.NDArray[np.float32]:
+        """Logits [B, K] as `score` gives them, from the prefix's output."""
         was_training = self.tail.training
         self.tail.eval()
         logits = []
-        features = self.features(images_BSS)
-        for part in features.split(self.chunk):
+        for part in features_BCHW.split(self.chunk):
             missing = self.chunk - len(part)
             padded = torch.cat([part, part.new_zeros(missing, *part.shape[1:])]) if missing else part
             with self.mixed():

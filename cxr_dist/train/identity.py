@@ -23,6 +23,9 @@ FREE = {
     "train.max_failures",
     "train.wait_for_nodes_s",
     "train.log_every_steps",
+    "train.features",
+    "train.features_uri",
+    "train.features_memory",
     "train.process_group_timeout_s",
     "train.storage_path",
     "run.resume",
@@ -42,6 +45,8 @@ class Identity:
 
     where: str
     run_id: str | None
+    features: bool | None = None
+    """Whether the run works from kept features, as it began; None before that is decided."""
 
     @classmethod
     def claim(cls, job: TrainJob, *, resume: str) -> "Identity":
@@ -75,17 +80,19 @@ class Identity:
                     f"{key}: run {name} was started with {found['config'].get(key)!r}, found {value!r}; keep the first, "
                     "or give another run.name"
                 )
-        return cls(where, found["run_id"])
+        return cls(where, found["run_id"], found.get("features"))
 
-    def record(self, job: TrainJob) -> None:
-        """Write the file, once the MLflow run exists."""
-        if self.run_id == job.run_id:
+    def record(self, job: TrainJob, *, features: bool | None = None) -> None:
+        """Write the file: once the MLflow run exists, and again once it is decided whether it works from features."""
+        features = self.features if features is None else features
+        if (self.run_id, self.features) == (job.run_id, features):
             return
         content = {
             "format": FORMAT,
             "run_id": job.run_id,
             "manifest_sha256": job.manifest_sha256,
             "plan_sha256": job.plan.sha256,
+            "features": features,
             "config": decisive(job.config),
         }
         storage.put_atomic(self.where, json.dumps(content, indent=1).encode())

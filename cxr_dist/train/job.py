@@ -3,13 +3,14 @@
 import uuid
 from dataclasses import dataclass
 
-from cxr_dist.config import Config
+from cxr_dist.config import Config, TrainConfig
 from cxr_dist.data.decode import StreamSpec
+from cxr_dist.data.features import FeatureSet
 from cxr_dist.data.plan import Plan
 from cxr_dist.data.rows import RowSource
 from cxr_dist.train.checkpoint import Checkpoints
 
-__all__ = ["TrainJob"]
+__all__ = ["TrainJob", "training_views"]
 
 PNG_TASK_IMAGES, PIXELS_TASK_IMAGES = 128, 512
 """Images in a decoding task where the config leaves it open: about half a second of work of either kind."""
@@ -36,31 +37,55 @@ class TrainJob:
     tracking_uri: str
     run_id: str
     use_gpu: bool
+    features: dict[tuple[str, int], FeatureSet] | None = None
+    """Stored features that take the place of the images, by (split, view); None where the prefix runs in training."""
+
+    @property
+    def row_size(self) -> int:
+        """Side of the images that the stream brings; 0 where it brings features."""
+        return 0 if self.features else self.size
+
+    def position(self) -> int:
+        """First step that is still to be done, by the latest whole checkpoint."""
+        latest = Checkpoints(self.folder).latest_whole()
+        if latest is None:
+            return 0
+        return self.plan.num_steps if latest.finished else latest.index
 
     def remaining(self, world_size: int) -> StreamSpec:
         """The stream of the steps after the latest whole checkpoint."""
-        latest = Checkpoints(self.folder).latest_whole()
-        if latest is None:
-            return self.stream_spec(world_size, 0)
-        return self.stream_spec(world_size, self.plan.num_steps if latest.finished else latest.index)
+        return self.stream_spec(world_size, self.position())
 
     def stream_spec(self, world_size: int, start: int) -> StreamSpec:
         """The stream of the run's steps from `start` on."""
         images = self.config.data.task_images
         if not images:
-            images = PIXELS_TASK_IMAGES if self.encoding == "pixels" else PNG_TASK_IMAGES
+            images = PNG_TASK_IMAGES if self.encoding == "png" and not self.features else PIXELS_TASK_IMAGES
+        train, validation = self.train, self.validation
+        views: tuple[RowSource, ...] = ()
+        if self.features:
+            validation = self.features["validation", 0].reader()
+            readers = [self.features["train", view].reader() for view in training_views(self.config.train)]
+            train, views = readers[0], tuple(readers) if self.config.train.augment else ()
         left = max(1, self.plan.num_steps - start)
         return StreamSpec(
             plan=self.plan,
-            train=self.train,
-            validation=self.validation,
+            train=train,
+            train_views=views,
+            validation=validation,
             world_size=world_size,
             start=start,
             steps_per_task=min(left, max(1, images // self.plan.rank_batch(world_size))),
             size=self.size,
-            encoding=self.encoding,
+            encoding="features" if self.features else self.encoding,
+            feature_bytes=self.features["validation", 0].row_bytes if self.features else 0,
             findings=self.columns,
             views=self.config.train.views,
             augment=self.config.train.augment,
             token=uuid.uuid4().hex,
         )
+
+
+def training_views(config: TrainConfig) -> range:
+    """Numbers of the views of a training image that a run with recurring views shows."""
+    return range(1, config.views + 1) if config.augment else range(1)

@@ -22,12 +22,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 from cxr_dist import storage
 from cxr_dist.data.plan import Step
+from cxr_dist.data.resident import ResidentFeed, ResidentShard
 from cxr_dist.data.stream import Batch, Stream
 from cxr_dist.model import weights
 from cxr_dist.model.batchnorm import discard_statistics, group_norms, update_running_statistics
+from cxr_dist.model.features import from_bytes
 from cxr_dist.model.network import Network, masked_loss
 from cxr_dist.train.checkpoint import Checkpoints
 from cxr_dist.train.distributed import Ranks
+from cxr_dist.train.feed import resident_feed
 from cxr_dist.train.job import TrainJob
 from cxr_dist.train.monitor import Monitor
 from cxr_dist.train.optimize import Schedule, make_optimizer
@@ -67,7 +70,7 @@ class RunFaultError(Exception):
 class Trainer:
     """The state of one rank: network, optimizer, position and what has been seen so far.
 
-    `shard` is the rank's part of the stream (anything with `iter_batches`).
+    `shard` is the rank's part of the stream (anything with `iter_batches`), or the features that stay in memory.
     """
 
     def __init__(
@@ -118,16 +121,15 @@ class Trainer:
             self.pos_weight = torch.tensor(job.pos_weight, device=device, dtype=self.network.dtype)
         self.progress = Progress()
         self.checkpoints = Checkpoints(job.folder)
-        self.stream = Stream(
-            shard=shard,
-            plan=job.plan,
-            rank=ranks.rank,
-            world_size=ranks.world_size,
-            size=job.size,
-        )
+        if isinstance(shard, ResidentShard):
+            self.feed: Stream | ResidentFeed = resident_feed(shard, job, ranks, device)
+        else:
+            self.feed = Stream(
+                shard=shard, plan=job.plan, rank=ranks.rank, world_size=ranks.world_size, size=job.row_size
+            )
 
     def run(self) -> None:
-        with contextlib.closing(iter(self.stream)) as delivered:
+        with contextlib.closing(iter(self.feed)) as delivered:
             batches = self.resume(delivered)
             self.settle_buckets()
             self.monitor.start(self.progress.index)
@@ -137,7 +139,7 @@ class Trainer:
                     if (batch.step.number + 1) % self.config.log_every_steps == 0 or self.last_of_kind(batch.step):
                         self.check_and_log(batch.step)
                 else:
-                    self.progress.validated(batch, self.network.score(batch.images_BSS))
+                    self.progress.validated(batch, self.network.score_features(self.features_of(batch)))
                     if self.last_of_kind(batch.step):
                         self.end_epoch(batch.step)
                         if self.progress.stopped:
@@ -148,7 +150,7 @@ class Trainer:
         waited = time.perf_counter()
         first = next(batches, None)
         log.info("first batch after %.1f s", time.perf_counter() - waited)
-        self.stream.wait_s = 0.0
+        self.feed.wait_s = 0.0
         if first is None:
             entry = self.checkpoints.latest_whole()
         elif first.step.index:
@@ -163,20 +165,27 @@ class Trainer:
     def settle_buckets(self) -> None:
         """Two throw-away backwards: DDP orders its gradient buckets anew after the first, and the order decides how
         sums round. Without them a resumed run would not repeat an uninterrupted one bit for bit."""
-        share = self.job.plan.rank_batch(self.ranks.world_size)
-        images = np.zeros((self.config.micro_batch or share, self.job.size, self.job.size), dtype=np.uint8)
-        features = self.network.features(images)
+        share = self.config.micro_batch or self.job.plan.rank_batch(self.ranks.world_size)
+        features = self.network.features(np.zeros((1, self.job.size, self.job.size), dtype=np.uint8))
+        features = features.new_zeros((share, *features.shape[1:])).contiguous(memory_format=torch.channels_last)
         for _ in range(2):
             with self.network.mixed():
                 self.model(features).float().sum().mul(0.0).backward()
         self.optimizer.zero_grad(set_to_none=True)
         discard_statistics(self.norms)
 
+    def features_of(self, batch: Batch) -> torch.Tensor:
+        """The prefix's output for a batch: stored, or computed now."""
+        if batch.features is not None:
+            found = self.job.features["validation", 0]  # type: ignore[index]  # features come only where the job has them
+            return self.network.stored(from_bytes(batch.features, found.shape_HWC, found.kind))
+        augmented = self.config.augment and batch.step.kind == "train"
+        return self.network.features(batch.images_BSS, batch.draws_B6 if augmented else None)
+
     def train_step(self, batch: Batch) -> torch.Tensor:
         """One optimizer step; this rank's part of the global loss, on the device."""
         network, findings = self.network, len(self.job.findings)
-        draws = batch.draws_B6 if self.config.augment else None
-        features = network.features(batch.images_BSS, draws)
+        features = self.features_of(batch)
         labels = torch.from_numpy(np.array(batch.labels_BK)).to(network.device)
         valid = torch.from_numpy(batch.valid_B).to(network.device)
         micro = self.config.micro_batch or len(labels)
@@ -219,7 +228,7 @@ class Trainer:
                     "optimizer.lr or look at these images"
                 )
         self.check_corrupt()
-        self.monitor.log_steps(step, losses, lr=self.optimizer.param_groups[0]["lr"], wait_s=self.stream.wait_s)
+        self.monitor.log_steps(step, losses, lr=self.optimizer.param_groups[0]["lr"], wait_s=self.feed.wait_s)
 
     def check_corrupt(self) -> None:
         """Stop if more images of this epoch are unreadable than the config allows."""
@@ -227,7 +236,7 @@ class Trainer:
         [found] = self.ranks.sum([float(self.progress.corrupt_in_epoch)])
         rows = plan.train_steps * plan.global_batch + plan.validation.num_rows
         if found > allowed * rows:
-            names = sorted({name for seen in self.ranks.gather(self.stream.corrupt) for name in seen})
+            names = sorted({name for seen in self.ranks.gather(self.feed.corrupt) for name in seen})
             raise RunFaultError(
                 f"{found:.0f} of {rows} images of an epoch are unreadable, allowed are data.max_corrupt = {allowed:g} "
                 f"of them; first {', '.join(names[:5])}; mend or ingest these images again"
@@ -244,7 +253,7 @@ class Trainer:
                 "of this epoch was kept)"
             )
         self.schedule.after_epoch(validation.loss)
-        for seen in self.ranks.gather(self.stream.corrupt):
+        for seen in self.ranks.gather(self.feed.corrupt):
             self.progress.corrupt |= seen
         ids_of_ranks = self.ranks.gather(self.progress.take_epoch_ids())
         self.progress.end_epoch(ids_of_ranks, validation, patience=self.config.patience)
@@ -298,5 +307,5 @@ class Trainer:
             "dropped_per_epoch": self.job.plan.dropped_rows,
             "weights_sha256": weights.sha256(self.network.tail.state_dict()),
             "corrupt": self.progress.corrupt,
-            **self.monitor.summary(self.stream),
+            **self.monitor.summary(self.feed),
         }

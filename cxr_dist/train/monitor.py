@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from cxr_dist.data.plan import Step
+from cxr_dist.data.resident import ResidentFeed
 from cxr_dist.data.stream import Stream
 from cxr_dist.journal import MetricJournal
 from cxr_dist.train.distributed import Ranks
@@ -104,7 +105,7 @@ class Monitor:
             "  (best)" if progress.is_best else "",
         )
 
-    def summary(self, stream: Stream) -> dict[str, Any]:
+    def summary(self, stream: Stream | ResidentFeed) -> dict[str, Any]:
         """Speed, waiting and memory over all ranks; a collective call."""
         elapsed = max(time.perf_counter() - self.began, 1e-9)
         peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / MIB

@@ -15,19 +15,22 @@ from typing import Any
 import ray
 import yaml
 from mlflow.utils.mlflow_tags import MLFLOW_GIT_COMMIT, MLFLOW_SOURCE_NAME, MLFLOW_SOURCE_TYPE, MLFLOW_USER
-from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
+from ray.train import DataConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from cxr_dist import cluster, preflight, storage
 from cxr_dist.capacity import wants_gpu
 from cxr_dist.config import Config, flatten
+from cxr_dist.data.features import set_aside
 from cxr_dist.data.manifest import Manifest
-from cxr_dist.data.stream import PlanDataConfig
+from cxr_dist.data.resident import DamagedFeatures
 from cxr_dist.errors import InputError, RunError
 from cxr_dist.evaluate import report, scores
 from cxr_dist.evaluate.inference import score_split
 from cxr_dist.tracking import TrackedRun, open_run
+from cxr_dist.train.cache import Cache, prepare_features
 from cxr_dist.train.checkpoint import Checkpoints
+from cxr_dist.train.feed import data_config
 from cxr_dist.train.identity import Identity
 from cxr_dist.train.job import TrainJob
 from cxr_dist.train.loop import train_rank
@@ -70,15 +73,31 @@ def train(config: Config) -> dict[str, Any]:
         describe(tracked, job, manifest)
         try:
             with system_metrics(job.tracking_uri, job.run_id):
-                trained = fit(job, num_decoders=config.data.decode_workers or cluster.free_cpus(held))
+                job, cache, data = with_features(
+                    job, use=identity.features, num_decoders=config.data.decode_workers or cluster.free_cpus(held)
+                )
+                identity.record(job, features=cache.sets is not None)
+                trained = fit(job, data)
             check_samples(job, manifest, trained)
             corrupt = trained.pop("corrupt")
             result = {"run_id": tracked.run_id, "status": "FINISHED", "run_name": config.run.name, **trained}
+            result["features"] = cache.summary()
             result |= evaluate(tracked, job, corrupt, last_step=trained["steps"])
         except InputError as error:
             # the input was accepted: what fails now (a store that went away) is the run's failure
             raise RunError(last_line(error)) from error
     return result | {"tracking_missed": tracked.missed}
+
+
+def with_features(job: TrainJob, *, use: bool | None, num_decoders: int) -> tuple[TrainJob, Cache, DataConfig]:
+    """The job with the features that it works from, if any, and what gives its ranks their batches."""
+    while True:
+        cache = prepare_features(job, use=use)
+        job = dataclasses.replace(job, features=cache.sets)
+        try:
+            return job, cache, data_config(job, device_bytes=cache.device_bytes, num_decoders=num_decoders)
+        except DamagedFeatures as damaged:
+            set_aside(damaged.set.folder, damaged.reason)
 
 
 def check_samples(job: TrainJob, manifest: Manifest, trained: dict[str, Any]) -> None:
@@ -91,8 +110,8 @@ def check_samples(job: TrainJob, manifest: Manifest, trained: dict[str, Any]) ->
         )
 
 
-def fit(job: TrainJob, *, num_decoders: int) -> dict[str, Any]:
-    """Train on the ranks; rank 0's result. RunError if the run failed."""
+def fit(job: TrainJob, data: DataConfig) -> dict[str, Any]:
+    """Train on the ranks, with what `data` gives them; rank 0's result. RunError if the run failed."""
     config = job.config.train
     attempt = uuid.uuid4().hex[:8]
     trainer = TorchTrainer(
@@ -111,7 +130,7 @@ def fit(job: TrainJob, *, num_decoders: int) -> dict[str, Any]:
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
         datasets={"run": lambda: None},
-        dataset_config=PlanDataConfig(job.remaining, num_decoders),
+        dataset_config=data,
     )
     on_interrupt = signal.getsignal(signal.SIGINT)
     try:
