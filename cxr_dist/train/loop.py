@@ -41,6 +41,9 @@ __all__ = ["train_rank"]
 
 log = logging.getLogger(__name__)
 
+BUCKET_MB = 2
+"""Gradients that travel together: the tail's 9 MB in torch's 25 would wait for the last of them, and overlap nothing."""
+
 
 def train_rank(parameters: dict[str, TrainJob]) -> dict[str, Any]:
     """Train on this rank to the end of the run; the result of rank 0 is the job's.
@@ -105,9 +108,16 @@ class Trainer:
             with warnings.catch_warnings():
                 # the argument's new name is not in the oldest torch that is supported
                 warnings.simplefilter("ignore", FutureWarning)
-                self.model = DistributedDataParallel(tail, broadcast_buffers=False)
+                self.model = DistributedDataParallel(
+                    tail,
+                    broadcast_buffers=False,
+                    bucket_cap_mb=BUCKET_MB,
+                    gradient_as_bucket_view=True,
+                    static_graph=True,
+                )
         self.norms = group_norms(tail)
         trained = [parameter for parameter in tail.parameters() if parameter.requires_grad]
+        self.gradient_bytes = sum(parameter.numel() * parameter.element_size() for parameter in trained)
         self.optimizer = make_optimizer(job.config.optimizer, trained, self.config.global_batch)
         self.schedule = Schedule(
             job.config.optimizer,
@@ -120,6 +130,8 @@ class Trainer:
         if job.pos_weight is not None:
             self.pos_weight = torch.tensor(job.pos_weight, device=device, dtype=self.network.dtype)
         self.progress = Progress()
+        self.own_s = 0.0
+        """Seconds up to the first backward of every step: what a rank does before it meets the others."""
         self.checkpoints = Checkpoints(job.folder)
         if isinstance(shard, ResidentShard):
             self.feed: Stream | ResidentFeed = resident_feed(shard, job, ranks, device)
@@ -185,6 +197,7 @@ class Trainer:
     def train_step(self, batch: Batch) -> torch.Tensor:
         """One optimizer step; this rank's part of the global loss, on the device."""
         network, findings = self.network, len(self.job.findings)
+        began = time.perf_counter()
         features = self.features_of(batch)
         labels = torch.from_numpy(np.array(batch.labels_BK)).to(network.device)
         valid = torch.from_numpy(batch.valid_B).to(network.device)
@@ -197,6 +210,8 @@ class Trainer:
             with self.gradients_stay_local(not last):
                 with network.mixed():
                     logits = self.model(features[part])
+                if start == 0:
+                    self.own_s += time.perf_counter() - began
                 loss = masked_loss(logits, labels[part], valid[part], self.pos_weight, divisor=divisor)
                 # DDP averages over the ranks; the sum is wanted
                 self.scaler.scale(loss * self.ranks.world_size).backward()
@@ -228,7 +243,13 @@ class Trainer:
                     "optimizer.lr or look at these images"
                 )
         self.check_corrupt()
-        self.monitor.log_steps(step, losses, lr=self.optimizer.param_groups[0]["lr"], wait_s=self.feed.wait_s)
+        self.monitor.log_steps(
+            step,
+            losses,
+            lr=self.optimizer.param_groups[0]["lr"],
+            wait_s=self.feed.wait_s,
+            own_s=self.ranks.gather(self.own_s + self.feed.wait_s),
+        )
 
     def check_corrupt(self) -> None:
         """Stop if more images of this epoch are unreadable than the config allows."""
@@ -305,6 +326,7 @@ class Trainer:
         return {
             **self.progress.summary(),
             "dropped_per_epoch": self.job.plan.dropped_rows,
+            "gradient_mb_per_step": round(self.gradient_bytes / 2**20, 2),
             "weights_sha256": weights.sha256(self.network.tail.state_dict()),
             "corrupt": self.progress.corrupt,
             **self.monitor.summary(self.feed),

@@ -33,6 +33,10 @@ class Monitor:
         self.began = self.logged = time.perf_counter()
         self.first_index = 0
         self.logged_wait_s = 0.0
+        self.logged_own_s: list[float] = []
+        self.epoch_began = self.began
+        self.epoch_s: list[float] = []
+        """Seconds of each epoch, validation and checkpoint included."""
 
     def __enter__(self) -> Self:
         logging.getLogger("mlflow").setLevel(logging.WARNING)
@@ -51,13 +55,17 @@ class Monitor:
     def start(self, index: int) -> None:
         """Begin to keep time: the first batch is here and the network is ready."""
         self.first_index = index
-        self.began = self.logged = time.perf_counter()
+        self.began = self.logged = self.epoch_began = time.perf_counter()
 
-    def log_steps(self, step: Step, losses: list[float], *, lr: float, wait_s: float) -> None:
-        """Once in a while: loss, speed and waiting since the last time."""
+    def log_steps(self, step: Step, losses: list[float], *, lr: float, wait_s: float, own_s: list[float]) -> None:
+        """Once in a while: loss, speed, waiting for data and for other ranks since the last time.
+
+        `own_s` are the seconds so far that each rank spent before it met the others: the slowest holds up the rest.
+        """
         now = time.perf_counter()
         elapsed, waited = max(now - self.logged, 1e-9), wait_s - self.logged_wait_s
-        self.logged, self.logged_wait_s = now, wait_s
+        own = [new - old for new, old in zip(own_s, self.logged_own_s or [0.0] * len(own_s), strict=True)]
+        self.logged, self.logged_wait_s, self.logged_own_s = now, wait_s, own_s
         if self.ranks.rank != 0 or not losses:
             return
         plan = self.job.plan
@@ -82,6 +90,7 @@ class Monitor:
                 "train/lr": lr,
                 "train/images_per_s": images_per_s,
                 "train/data_wait_fraction": waited / elapsed,
+                "train/rank_skew_fraction": (max(own) - min(own)) / elapsed,
                 "train/images_seen": self._steps_done(step) * plan.global_batch,
             },
             step,
@@ -91,7 +100,13 @@ class Monitor:
         """At an epoch's end, on rank 0: validation."""
         # the time of validation and checkpoint is not the next interval's
         self.logged = time.perf_counter()
-        metrics = {"val/loss": validation.loss, "val/n_scored": float(len(validation.rows_N))}
+        self.epoch_s.append(self.logged - self.epoch_began)
+        self.epoch_began = self.logged
+        metrics = {
+            "val/loss": validation.loss,
+            "val/n_scored": float(len(validation.rows_N)),
+            "train/epoch_s": self.epoch_s[-1],
+        }
         if validation.mean_auroc is not None:
             metrics["val/auroc_mean"] = validation.mean_auroc
         metrics |= {f"val/auroc/{name}": value for name, value in validation.auroc.items() if value is not None}
@@ -112,6 +127,7 @@ class Monitor:
         seen = self.ranks.gather((stream.delivered, stream.wait_s / elapsed, peak_mb))
         return {
             "images_per_s": round(sum(images for images, _, _ in seen) / elapsed, 2),
+            "epoch_s": [round(seconds, 3) for seconds in self.epoch_s],
             "data_wait_fraction": round(max(waited for _, waited, _ in seen), 4),
             "peak_rss_mb": round(max(peak for _, _, peak in seen), 1),
         }

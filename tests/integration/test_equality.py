@@ -189,7 +189,7 @@ def test_unreadable_images_only_drop_out_of_the_loss(tmp_path: Path, initial: by
     masking = make_trainer(good, Ranks(0, 1, None))
     masking.__class__ = MaskingTrainer
     masking.masked = frozenset(f"train{row:04d}.png" for row in bad)  # type: ignore[attr-defined]
-    batch = next(iter(masking.stream))
+    batch = next(iter(masking.feed))
     logits = masking.network.score(batch.images_BSS).astype(np.float64)
     masking.train_step(batch)
     assert result["losses"] == pytest.approx(masking.losses, rel=1e-6)
