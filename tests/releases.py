@@ -32,10 +32,10 @@ def noise(seed: int, side: int) -> np.ndarray:
     return (ramp + np.random.default_rng(seed).integers(0, 30, (side, side))).astype(np.uint8)
 
 
-def bomb(side: int = 100_000) -> bytes:
-    """A PNG whose header claims side x side pixels."""
+def bomb(side: int = 100_000, height: int | None = None) -> bytes:
+    """A PNG whose header claims side x side pixels, or another height."""
     data = bytearray(png(noise(0, 8)))
-    data[16:24] = side.to_bytes(4, "big") * 2
+    data[16:24] = side.to_bytes(4, "big") + (side if height is None else height).to_bytes(4, "big")
     data[29:33] = zlib.crc32(bytes(data[12:29])).to_bytes(4, "big")
     return bytes(data)
 
