@@ -10,7 +10,6 @@ import itertools
 import logging
 import math
 import time
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -29,7 +28,7 @@ from cxr_dist.model.batchnorm import discard_statistics, group_norms, update_run
 from cxr_dist.model.features import from_bytes
 from cxr_dist.model.network import Network, masked_loss
 from cxr_dist.train.checkpoint import Checkpoints
-from cxr_dist.train.distributed import Ranks
+from cxr_dist.train.distributed import Ranks, parallel
 from cxr_dist.train.feed import resident_feed
 from cxr_dist.train.job import TrainJob
 from cxr_dist.train.monitor import Monitor
@@ -40,9 +39,6 @@ from cxr_dist.train.validation import Validation
 __all__ = ["train_rank"]
 
 log = logging.getLogger(__name__)
-
-BUCKET_MB = 2
-"""Gradients that travel together: the tail's 9 MB in torch's 25 would wait for the last of them, and overlap nothing."""
 
 
 def train_rank(parameters: dict[str, TrainJob]) -> dict[str, Any]:
@@ -103,18 +99,7 @@ class Trainer:
                 "devices can do"
             )
         tail = self.network.tail.train()
-        self.model: torch.nn.Module = tail
-        if ranks.world_size > 1:
-            with warnings.catch_warnings():
-                # the argument's new name is not in the oldest torch that is supported
-                warnings.simplefilter("ignore", FutureWarning)
-                self.model = DistributedDataParallel(
-                    tail,
-                    broadcast_buffers=False,
-                    bucket_cap_mb=BUCKET_MB,
-                    gradient_as_bucket_view=True,
-                    static_graph=True,
-                )
+        self.model = parallel(tail, ranks)
         self.norms = group_norms(tail)
         trained = [parameter for parameter in tail.parameters() if parameter.requires_grad]
         self.gradient_bytes = sum(parameter.numel() * parameter.element_size() for parameter in trained)

@@ -127,6 +127,8 @@ class Monitor:
         seen = self.ranks.gather((stream.delivered, stream.wait_s / elapsed, peak_mb))
         return {
             "images_per_s": round(sum(images for images, _, _ in seen) / elapsed, 2),
+            "images_per_epoch": self.job.plan.train_steps * self.job.plan.global_batch
+            + self.job.plan.validation.num_rows,
             "epoch_s": [round(seconds, 3) for seconds in self.epoch_s],
             "data_wait_fraction": round(max(waited for _, waited, _ in seen), 4),
             "peak_rss_mb": round(max(peak for _, _, peak in seen), 1),
