@@ -77,6 +77,7 @@ def train(config: Config) -> dict[str, Any]:
                     job, use=identity.features, num_decoders=config.data.decode_workers or cluster.free_cpus(held)
                 )
                 identity.record(job, features=cache.sets is not None)
+                tracked.set_tags({"features": f"{'not ' if cache.sets is None else ''}kept: {cache.decision.why}"})
                 trained = fit(job, data)
             check_samples(job, manifest, trained)
             corrupt = trained.pop("corrupt")

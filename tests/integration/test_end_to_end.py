@@ -19,6 +19,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from ray.job_submission import JobStatus, JobSubmissionClient
 
+from cxr_dist import storage
 from cxr_dist.data.manifest import Manifest
 from cxr_dist.data.synth import write_release
 from cxr_dist.evaluate import scores
@@ -241,6 +242,29 @@ def test_a_killed_worker_costs_no_sample_and_no_step(jobs, train, client, traine
     assert found.info.status == "FINISHED"
     steps = [point.step for point in client.get_metric_history(found.info.run_id, "train/loss")]
     assert steps == list(range(1, job.result["steps"] + 1))
+
+
+def test_runs_from_features_are_the_run_without_and_share_what_is_whole(jobs, train, client, manifest):
+    flags = f"{train} --train.epochs 2 --train.views 1 --evaluate.test false --train.features_type fp32"
+    plain = run(jobs, f"{flags} --train.features off --run.name features-off")
+    kept = run(jobs, f"{flags} --train.features on --run.name features-on")
+    rows = {name: split.num_rows for name, split in manifest.splits.items()}
+    assert kept.status == JobStatus.SUCCEEDED, kept.logs[-6000:]
+    assert kept.result["features"]["computed"] == rows["train"] + rows["validation"]
+    assert "object store" in kept.logs
+    [found] = find(client, "features-on")
+    assert found.data.tags["features"] == "kept: train.features is on"
+
+    where = f"s3://cxr/runs/features/{kept.result['features']['keys']['train/1']}/00000.parquet"
+    data = bytearray(storage.read_bytes(where))
+    data[len(data) // 2] ^= 1
+    storage.put_atomic(where, bytes(data))
+    again = run(jobs, f"{flags} --train.features on --run.name features-again")
+    assert again.status == JobStatus.SUCCEEDED, again.logs[-6000:]
+    assert "00000.parquet: found another SHA-256 than the index has" in again.logs
+    assert again.result["features"]["computed"] == rows["train"]
+    for key in ("samples_sha256", "weights_sha256", "best_val_auroc"):
+        assert kept.result[key] == plain.result[key] == again.result[key], key
 
 
 def test_a_run_that_fails_is_failed_in_mlflow(jobs, train, client, ingested):
