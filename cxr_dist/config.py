@@ -67,7 +67,13 @@ class DataConfig:
     decode_workers: int = 0
     """Decoding processes in the stream; 0: one per CPU that the trainers leave free."""
     task_images: int = 0
-    """Images in one decoding task, rounded to whole steps of a rank; 0: 128 for PNG, 512 for pixels (about 0.5 s)."""
+    """Images in one decoding task, rounded down to whole steps of a rank; 0: 1.5 s of a core's work, 32 MiB at most."""
+    cache_dir: str = ""
+    """Folder on each node's own disk that keeps what was read from storage, for later epochs and runs; empty: none."""
+    cache_gb: float = 50.0
+    """Most that the node's cache holds, GB; once it is full, the rest is read from storage every epoch."""
+    read_timeout_s: float = 120.0
+    """Longest wait for bytes from storage before the read fails, seconds; a stalled read is asked for again long before."""
 
     def __post_init__(self) -> None:
         _require(16 <= self.size <= 1024, "data.size", self.size, "16 to 1024 pixels")
@@ -79,6 +85,9 @@ class DataConfig:
         _require(0 <= self.max_corrupt <= 1, "data.max_corrupt", self.max_corrupt, "0 to 1")
         _require(self.decode_workers >= 0, "data.decode_workers", self.decode_workers, "0 or more processes")
         _require(self.task_images >= 0, "data.task_images", self.task_images, "0 or more images")
+        _require("://" not in self.cache_dir, "data.cache_dir", self.cache_dir, "a folder on the nodes' own disks")
+        _require(self.cache_gb > 0, "data.cache_gb", self.cache_gb, "a positive number of GB")
+        _require(self.read_timeout_s >= 1, "data.read_timeout_s", self.read_timeout_s, "1 or more seconds")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,14 +108,18 @@ class ModelConfig:
     """Batch-norm in the tail: statistics of fixed groups of images, or frozen running statistics."""
     bn_group: int = 16
     """Images of one batch-norm group, consecutive in the global step."""
-    prefix_chunk: int = 16
-    """Images in one call of the frozen prefix, padded, so that its output does not depend on who asks."""
+    prefix_chunk: int = 0
+    """Images in one call of the frozen prefix, padded, so that its output does not depend on who asks; 0: as suits the device."""
+    prefix_form: Literal["folded", "plain"] = "folded"
+    """How the frozen prefix is computed: norms, input channels and pooling folded (equal to rounding), or layer by layer."""
+    cuda_graph: bool = False
+    """Start the folded prefix's kernels on a GPU as one CUDA graph (not yet measured on one)."""
 
     def __post_init__(self) -> None:
         _require(bool(self.weights), "model.weights", self.weights, "imagenet, random, or the URI of a state dict")
         _require(self.lse_r > 0, "model.lse_r", self.lse_r, "a positive number")
         _require(self.bn_group >= 2, "model.bn_group", self.bn_group, "2 or more images")
-        _require(self.prefix_chunk >= 1, "model.prefix_chunk", self.prefix_chunk, "1 or more images")
+        _require(self.prefix_chunk >= 0, "model.prefix_chunk", self.prefix_chunk, "0 or more images")
 
 
 @dataclass(frozen=True, kw_only=True)

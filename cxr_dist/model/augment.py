@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["AUGMENTATION", "IMAGENET", "XRV", "Normalization", "affine_coefficients", "to_input", "warp"]
+__all__ = ["AUGMENTATION", "IMAGENET", "XRV", "Normalization", "affine_coefficients", "to_grey", "to_input", "warp"]
 
 AUGMENTATION = {"rotation_deg": 5.0, "shift": 0.02, "scale": 0.05, "shear_deg": 5.0, "flip": 0.5}
 """Largest change each way; shift is a part of the side. Part of every feature cache's key."""
@@ -62,12 +62,21 @@ def affine_coefficients(draws_B6: npt.NDArray[np.float32], size: int) -> npt.NDA
 
 def warp(images_B1SS: Tensor, coefficients_B6: Tensor) -> Tensor:
     """Sample each image through its inverse affine map; bilinear, black outside."""
-    size = images_B1SS.shape[-1]
-    line = torch.arange(size, dtype=images_B1SS.dtype, device=images_B1SS.device) - (size - 1) / 2
-    x, y = line[None, None, :], line[None, :, None]
-    a, b, c, d, e, f = (column[:, None, None] for column in coefficients_B6.to(images_B1SS.dtype).unbind(1))
-    grid = torch.stack([a * x + b * y + c, d * x + e * y + f], dim=-1) * (2 / size)
+    batch, _, _, size = images_B1SS.shape
+    dtype, device = images_B1SS.dtype, images_B1SS.device
+    line = torch.arange(size, dtype=dtype, device=device) - (size - 1) / 2
+    # grid_sample counts from -1 to 1 over the image; a point is a part of its column plus a part of its row
+    a, b, c, d, e, f = (column[:, None] for column in (coefficients_B6.to(dtype) * (2 / size)).unbind(1))
+    grid = torch.empty(batch, size, size, 2, dtype=dtype, device=device)
+    torch.add((a * line)[:, None, :], (b * line + c)[:, :, None], out=grid[..., 0])
+    torch.add((d * line)[:, None, :], (e * line + f)[:, :, None], out=grid[..., 1])
     return functional.grid_sample(images_B1SS, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+
+
+def to_grey(images_BSS: Tensor, dtype: torch.dtype, coefficients_B6: Tensor | None = None) -> Tensor:
+    """Grey uint8 images as levels 0-255 [B, 1, S, S] of a floating type; augmented if coefficients are given."""
+    images_B1SS = images_BSS[:, None].to(dtype)
+    return images_B1SS if coefficients_B6 is None else warp(images_B1SS, coefficients_B6)
 
 
 def to_input(
@@ -78,9 +87,7 @@ def to_input(
     coefficients_B6: Tensor | None = None,
 ) -> Tensor:
     """Grey uint8 images to the network's input [B, C, S, S]; augmented if coefficients are given."""
-    images_B1SS = images_BSS[:, None].to(dtype)
-    if coefficients_B6 is not None:
-        images_B1SS = warp(images_B1SS, coefficients_B6)
+    images_B1SS = to_grey(images_BSS, dtype, coefficients_B6)
     scale = torch.tensor(normalization.scale, dtype=dtype, device=images_BSS.device).view(1, -1, 1, 1)
     shift = torch.tensor(normalization.shift, dtype=dtype, device=images_BSS.device).view(1, -1, 1, 1)
     return images_B1SS * scale + shift

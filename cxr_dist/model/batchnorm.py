@@ -15,6 +15,8 @@ __all__ = [
     "GroupBatchNorm2d",
     "discard_statistics",
     "group_norms",
+    "groups_apart",
+    "groups_together",
     "update_running_statistics",
     "use_fixed_statistics",
     "use_group_statistics",
@@ -28,28 +30,50 @@ class GroupBatchNorm2d(nn.BatchNorm2d):
     """
 
     group: int = 16
-    sums: Tensor | None = None
-    """Sums over this step's groups of the mean and the unbiased variance, [2, C]; None before the first."""
-    num_groups: int = 0
+    seen: tuple[Tensor, ...] = ()
+    """Mean and unbiased variance of this step's groups so far, each [groups, 2, C]."""
 
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:
             return functional.batch_norm(
                 input, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
             )
-        if len(input) % self.group:
-            raise ValueError(
-                f"batch of {len(input)} images: expected a multiple of the batch-norm group of {self.group}"
-            )
-        outputs = []
-        for images in input.split(self.group):
-            mean, var = torch.zeros_like(self.running_mean), torch.zeros_like(self.running_var)
-            # momentum 1 makes the running buffers hold this group's own mean and unbiased variance
-            outputs.append(functional.batch_norm(images, mean, var, self.weight, self.bias, True, 1.0, self.eps))
-            stats = torch.stack([mean, var])
-            self.sums = stats if self.sums is None else self.sums + stats
-            self.num_groups += 1
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        wide = groups_apart(input, self.group)
+        num_groups = len(input) // self.group
+        # momentum 1 makes the running buffers hold the groups' own mean and unbiased variance
+        mean, var = self.running_mean.new_zeros(2, wide.shape[1]).unbind()
+        weight, bias = (value.expand(num_groups, -1).reshape(-1) for value in (self.weight, self.bias))
+        output = functional.batch_norm(wide, mean, var, weight, bias, True, 1.0, self.eps)
+        self.keep(mean, var)
+        return groups_together(output, num_groups)
+
+    def keep(self, mean: Tensor, var: Tensor) -> None:
+        """Keep the statistics of groups until the step is over; each [groups * C], group by group."""
+        self.seen = (*self.seen, torch.stack([mean.view(-1, self.num_features), var.view(-1, self.num_features)], 1))
+
+
+def groups_apart(batch_BCHW: Tensor, group: int) -> Tensor:
+    """[G * group, C, H, W] as [group, G * C, H, W]: groups side by side as channels, so that one ordinary batch-norm
+    gives each its own statistics. No copy of a single group; channels stay innermost in memory."""
+    num_groups, rest = divmod(len(batch_BCHW), group)
+    if rest:
+        raise ValueError(f"batch of {len(batch_BCHW)} images: expected a multiple of the batch-norm group of {group}")
+    if num_groups == 1:
+        return batch_BCHW
+    _, channels, height, width = batch_BCHW.shape
+    apart_gHWGC = (
+        batch_BCHW.permute(0, 2, 3, 1).reshape(num_groups, group, height, width, channels).permute(1, 2, 3, 0, 4)
+    )
+    return apart_gHWGC.reshape(group, height, width, num_groups * channels).permute(0, 3, 1, 2)
+
+
+def groups_together(wide: Tensor, num_groups: int) -> Tensor:
+    """The reverse of `groups_apart`."""
+    if num_groups == 1:
+        return wide
+    group, channels, height, width = wide.shape
+    apart_gHWGC = wide.permute(0, 2, 3, 1).reshape(group, height, width, num_groups, channels // num_groups)
+    return apart_gHWGC.permute(3, 0, 1, 2, 4).reshape(-1, height, width, channels // num_groups).permute(0, 3, 1, 2)
 
 
 class FixedBatchNorm2d(nn.BatchNorm2d):
@@ -83,11 +107,12 @@ def use_group_statistics(module: nn.Module, group: int) -> None:
 
 def update_running_statistics(norms: list[GroupBatchNorm2d]) -> None:
     """Move the running statistics by the mean over this step's groups on all ranks; a collective call."""
-    norms = [norm for norm in norms if norm.sums is not None]
+    norms = [norm for norm in norms if norm.seen]
     if not norms:
         return
-    flat = torch.cat([norm.sums.flatten() for norm in norms if norm.sums is not None])
-    num_groups = norms[0].num_groups
+    num_groups = sum(len(seen) for seen in norms[0].seen)
+    # one tensor of all norms, [groups, 2 * C of the first, 2 * C of the second, …], and one sum over the groups
+    flat = torch.cat([torch.cat(norm.seen).flatten(1) for norm in norms], 1).sum(0)
     if dist.is_initialized():
         dist.all_reduce(flat)
         num_groups *= dist.get_world_size()
@@ -105,4 +130,4 @@ def update_running_statistics(norms: list[GroupBatchNorm2d]) -> None:
 def discard_statistics(norms: list[GroupBatchNorm2d]) -> None:
     """Forget the statistics of a step that is not one (a throw-away backward)."""
     for norm in norms:
-        norm.sums, norm.num_groups = None, 0
+        norm.seen = ()

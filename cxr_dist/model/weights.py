@@ -10,12 +10,12 @@ import re
 from dataclasses import dataclass
 
 import torch
-import torchvision
 from torch import Tensor, nn
 
 from cxr_dist import storage
 from cxr_dist.errors import InputError
 from cxr_dist.model.augment import IMAGENET, XRV, Normalization
+from cxr_dist.model.densenet import DenseNet121
 
 __all__ = ["Initial", "calibrate", "initial", "load", "restore", "save", "sha256"]
 
@@ -41,6 +41,8 @@ def initial(weights: str, *, num_findings: int, seed: int) -> Initial:
     if weights == "random":
         return Initial(state=_random(num_findings, seed), normalization=IMAGENET, origin="random", random=True)
     if weights == "imagenet":
+        import torchvision  # a second of imports that nothing else needs
+
         try:
             state = torchvision.models.DenseNet121_Weights.IMAGENET1K_V1.get_state_dict(check_hash=True, progress=False)
         except OSError as error:
@@ -58,7 +60,7 @@ def initial(weights: str, *, num_findings: int, seed: int) -> Initial:
 def _random(num_findings: int, seed: int) -> StateDict:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return torchvision.models.densenet121(weights=None, num_classes=num_findings).state_dict()
+        return DenseNet121(num_findings).state_dict()
 
 
 _OLD_NAME = re.compile(r"^(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\..*)$")
@@ -94,7 +96,7 @@ def calibrate(state: StateDict, images_BCSS: Tensor) -> StateDict:
 
     Without them a random network's features grow or vanish with depth and the head starts from nothing.
     """
-    model = torchvision.models.densenet121(weights=None, num_classes=len(state["classifier.bias"]))
+    model = DenseNet121(len(state["classifier.bias"]))
     model.load_state_dict(state)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):

@@ -32,6 +32,7 @@ FREE = {
     "run.commit",
     "tracking.uri",
     "model.prefix_chunk",
+    "model.cuda_graph",
 }
 """Keys that a resumed run may change: the machine, not the result."""
 

@@ -87,7 +87,6 @@ class Trainer:
             torch.set_num_threads(self.config.threads_per_worker)
         else:
             torch.cuda.set_device(device)
-        torch.backends.cudnn.deterministic = True
         initial = weights.restore(storage.read_bytes(storage.join(job.folder, "initial.pt")), "initial.pt")
         self.network = Network.build(
             initial, job.config.model, num_findings=len(job.findings), precision=self.config.precision, device=device
@@ -184,8 +183,7 @@ class Trainer:
         network, findings = self.network, len(self.job.findings)
         began = time.perf_counter()
         features = self.features_of(batch)
-        labels = torch.from_numpy(np.array(batch.labels_BK)).to(network.device)
-        valid = torch.from_numpy(batch.valid_B).to(network.device)
+        labels, valid = network.transfer(batch.labels_BK), network.transfer(batch.valid_B)
         micro = self.config.micro_batch or len(labels)
         divisor = self.config.global_batch * findings
         total = torch.zeros((), device=network.device, dtype=network.dtype)

@@ -5,11 +5,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torchvision.transforms import InterpolationMode
+from torchvision.transforms import InterpolationMode, RandomAffine
 from torchvision.transforms import functional as tv
 
 from cxr_dist.data.plan import draws
-from cxr_dist.model.augment import IMAGENET, XRV, Normalization, affine_coefficients, to_input, warp
+from cxr_dist.model.augment import IMAGENET, XRV, Normalization, affine_coefficients, to_grey, to_input, warp
 
 STILL = np.array([[0.5, 0.5, 0.5, 0.5, 0.5, 0.5]], dtype=np.float32)
 """Draws of the identity: no rotation, shift, scale or shear, and no flip."""
@@ -84,6 +84,14 @@ def test_middle_draws_are_the_identity(size: int) -> None:
     assert (augmented(image, STILL)[:, 0] - image).abs().max() < 1e-5 * 255
 
 
+def test_levels_are_the_images_own_without_coefficients() -> None:
+    image = picture(32)
+    for dtype in (torch.float32, torch.float64):
+        found = to_grey(image, dtype)
+        assert (found.shape, found.dtype) == ((1, 1, 32, 32), dtype)
+        assert torch.equal(found[:, 0], image.to(dtype))
+
+
 def test_a_flip_mirrors_left_and_right_only() -> None:
     flipped = STILL.copy()
     flipped[0, 5] = 0.0
@@ -131,6 +139,30 @@ def test_parameters_of_many_views_are_uniform_within_their_bounds() -> None:
     assert abs((mirror < 0).mean() - 0.5) < 5 * np.sqrt(0.25 / num)
     together = np.corrcoef(np.stack([values for values, _, _ in found.values()] + [mirror]))
     assert np.abs(together - np.eye(6)).max() < 0.04
+
+
+def test_matrices_have_the_moments_and_bounds_of_torchvisions_own() -> None:
+    size, num = 224, 20_000
+    numbers = np.stack([np.frombuffer(draws(0, f"{i}.png", 1 + i % 3), "<f4") for i in range(num)])
+    ours = affine_coefficients(numbers, size).astype(np.float64)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        theirs = np.empty((num, 6))
+        for row in range(num):
+            angle, shift, scale, shear = RandomAffine.get_params(
+                (-5, 5), (0.02, 0.02), (0.95, 1.05), (-5, 5), [size, size]
+            )  # type: ignore[arg-type]
+            theirs[row] = tv._get_inverse_affine_matrix([0.0, 0.0], angle, list(shift), scale, list(shear))
+        theirs[:, [0, 3]] *= np.where(torch.rand(num).numpy() < 0.5, -1.0, 1.0)[:, None]
+    # theirs shifts by whole pixels: a twelfth more variance, up to half a pixel more or less reach
+    rounding = np.array([0, 0, 1, 0, 0, 1])
+    std = np.sqrt(theirs.var(0) - rounding / 12)
+    assert (np.abs(ours.mean(0) - theirs.mean(0)) < 5 * np.sqrt(2 / num) * std).all()
+    np.testing.assert_allclose(ours.std(0), std, rtol=0.03)
+    np.testing.assert_allclose(np.corrcoef(ours.T), np.corrcoef(theirs.T), atol=0.05)
+    for extreme in (np.min, np.max):
+        apart = np.abs(extreme(ours, 0) - extreme(theirs, 0))
+        assert (apart < np.where(rounding, 0.6, 0.005)).all(), apart
 
 
 def test_a_rows_result_does_not_depend_on_its_neighbours() -> None:

@@ -13,6 +13,8 @@ from cxr_dist.model.batchnorm import (
     GroupBatchNorm2d,
     discard_statistics,
     group_norms,
+    groups_apart,
+    groups_together,
     update_running_statistics,
     use_fixed_statistics,
     use_group_statistics,
@@ -40,7 +42,9 @@ def grouped() -> GroupBatchNorm2d:
 
 def images(num: int, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(num, CHANNELS, 2, 5, generator=generator) * 3 + 1
+    # in the layout of the network: the kernel for another one sums in another order
+    batch = torch.randn(num, CHANNELS, 2, 5, generator=generator) * 3 + 1
+    return batch.contiguous(memory_format=torch.channels_last)
 
 
 def moved(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
@@ -97,6 +101,39 @@ def test_two_groups_are_two_batches_and_move_by_their_mean() -> None:
     assert norm.num_batches_tracked == 1
 
 
+def test_gradients_of_two_groups_are_those_of_two_batches() -> None:
+    norm, batch = grouped(), images(2 * GROUP).requires_grad_()
+    weight = images(2 * GROUP, seed=1)
+    (norm(batch).pow(3) * weight).sum().backward()
+    alone, halves = ordinary(), [half.clone().requires_grad_() for half in batch.detach().split(GROUP)]
+    for half, part in zip(halves, weight.split(GROUP), strict=True):
+        (alone(half).pow(3) * part).sum().backward()
+    assert batch.grad is not None
+    torch.testing.assert_close(batch.grad, torch.cat([half.grad for half in halves]))  # type: ignore[arg-type]
+    for found, expected in zip(norm.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(found.grad, expected.grad)
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_groups_lie_side_by_side_as_channels(layout: torch.memory_format) -> None:
+    batch = (
+        torch.arange(3 * GROUP * CHANNELS * 2 * 5.0).reshape(3 * GROUP, CHANNELS, 2, 5).contiguous(memory_format=layout)
+    )
+    wide = groups_apart(batch, GROUP)
+    assert wide.shape == (GROUP, 3 * CHANNELS, 2, 5)
+    assert wide.is_contiguous(memory_format=torch.channels_last)
+    for number in range(3):
+        mine = slice(number * CHANNELS, (number + 1) * CHANNELS)
+        assert torch.equal(wide[:, mine], batch[number * GROUP : (number + 1) * GROUP])
+    assert torch.equal(groups_together(wide, 3), batch)
+
+
+def test_one_group_is_not_copied() -> None:
+    batch = images(GROUP)
+    assert groups_apart(batch, GROUP) is batch
+    assert groups_together(batch, 1) is batch
+
+
 def test_accumulated_micro_batches_are_one_step() -> None:
     whole, parts, batch = grouped(), grouped(), images(3 * GROUP)
     whole(batch)
@@ -124,7 +161,7 @@ def test_statistics_of_a_step_are_forgotten_afterwards() -> None:
 def test_evaluation_uses_and_keeps_the_running_statistics() -> None:
     norm, expected, batch = grouped().eval(), ordinary().eval(), images(5)
     assert torch.equal(norm(batch), expected(batch))
-    assert norm.sums is None
+    assert norm.seen == ()
 
 
 def test_batch_of_broken_groups_is_refused() -> None:

@@ -46,7 +46,7 @@ def test_every_field_is_followed_by_its_meaning() -> None:
         ("model", {"weights": ""}, "model.weights: found '', expected imagenet, random, or the URI of a state dict"),
         ("model", {"lse_r": 0.0}, "model.lse_r: found 0.0, expected a positive number"),
         ("model", {"bn_group": 1}, "model.bn_group: found 1, expected 2 or more images"),
-        ("model", {"prefix_chunk": 0}, "model.prefix_chunk: found 0, expected 1 or more images"),
+        ("model", {"prefix_chunk": -1}, "model.prefix_chunk: found -1, expected 0 or more images"),
         ("optimizer", {"lr": 0.0}, "optimizer.lr: found 0.0, expected a positive number"),
         ("optimizer", {"lr": float("nan")}, "optimizer.lr: found nan, expected a positive number"),
         ("optimizer", {"weight_decay": -1.0}, "optimizer.weight_decay: found -1.0, expected 0 or more"),

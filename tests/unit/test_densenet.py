@@ -1,6 +1,8 @@
 """The cut network against torchvision's own, and the prefix's independence of its company."""
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor
 from cxr_dist.config import ModelConfig, Trainable
 from cxr_dist.model import weights
 from cxr_dist.model.batchnorm import FixedBatchNorm2d, GroupBatchNorm2d
-from cxr_dist.model.densenet import Prefix, Tail, build, log_sum_exp_pool, run_prefix
+from cxr_dist.model.densenet import DenseNet121, Prefix, Tail, build, log_sum_exp_pool, run_prefix
 
 CUTS: tuple[Trainable, ...] = ("head", "denseblock4", "denseblock3", "denseblock2", "all")
 FINDINGS = 3
@@ -29,6 +31,38 @@ def state(images: Tensor) -> dict[str, Tensor]:
 
 def halves(state: dict[str, Tensor], **config: object) -> tuple[Prefix, Tail]:
     return build(state, ModelConfig(**{"bn_group": 4, **config}), FINDINGS)  # type: ignore[arg-type]
+
+
+def test_the_network_is_torchvisions_to_the_bit(state: dict[str, Tensor], images: Tensor) -> None:
+    ours, theirs = DenseNet121(FINDINGS), torchvision.models.densenet121(num_classes=FINDINGS)
+    for network in (ours, theirs):
+        network.load_state_dict(state)
+    for mode in (False, True):
+        found, expected = (network.train(mode)(images) for network in (ours, theirs))
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)  # ours averages the map in another order
+        assert torch.equal(ours.features(images), theirs.features(images))
+    for name, value in theirs.state_dict().items():
+        assert torch.equal(ours.state_dict()[name], value), name
+
+
+def test_one_seed_starts_our_network_and_torchvisions_alike() -> None:
+    states = []
+    for make in (lambda: DenseNet121(FINDINGS), lambda: torchvision.models.densenet121(num_classes=FINDINGS)):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(7)
+            states.append(make().state_dict())
+    ours, theirs = states
+    assert list(ours) == list(theirs)
+    for name, value in theirs.items():
+        assert torch.equal(ours[name], value), name
+
+
+def test_the_network_needs_neither_torchvision_nor_torchs_compiler() -> None:
+    code = (
+        "import sys, torch, cxr_dist.model.network; "
+        "print([name for name in ('torchvision', 'torch._dynamo', 'ray', 'mlflow') if name in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
 @pytest.mark.parametrize("trainable", CUTS)

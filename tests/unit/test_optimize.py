@@ -1,5 +1,6 @@
 """Learning rates worked out by hand, and schedules that go on where they stopped."""
 
+import copy
 import math
 
 import pytest
@@ -66,6 +67,43 @@ def test_sgd_has_momentum() -> None:
         optimizer.step()
     # 0.1 and then 0.1 * (1 + 0.9)
     assert parameter.item() == pytest.approx(1 - 0.1 - 0.19)
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw", "sgd"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_fused_step_is_the_ordinary_one_to_rounding(name: str, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    start = [torch.randn(5, 3, generator=generator, dtype=dtype) for _ in range(2)]
+    gradients = [[torch.randn(5, 3, generator=generator, dtype=dtype) for _ in start] for _ in range(20)]
+    results = []
+    for fused in (True, False):
+        parameters = [torch.nn.Parameter(value.clone()) for value in start]
+        optimizer = make_optimizer(config(name=name, lr=0.01, weight_decay=0.1), parameters, 16)
+        optimizer.param_groups[0]["fused"] = fused
+        for step in gradients:
+            for parameter, gradient in zip(parameters, step, strict=True):
+                parameter.grad = gradient.clone()
+            optimizer.step()
+        results.append(torch.cat([parameter.detach() for parameter in parameters]))
+    bound = 1e-12 if dtype == torch.float64 else 1e-5
+    torch.testing.assert_close(*results, rtol=bound, atol=bound)
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw", "sgd"])
+def test_a_restored_optimizer_goes_on_to_the_same_bits(name: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    gradients = torch.randn(6, 7, generator=generator)
+    whole, first = (torch.nn.Parameter(torch.ones(7)) for _ in range(2))
+    optimizers = [make_optimizer(config(name=name), [parameter], 16) for parameter in (whole, first)]
+    for step, gradient in enumerate(gradients):
+        if step == 3:
+            kept = copy.deepcopy(optimizers[1].state_dict())
+            optimizers[1] = make_optimizer(config(name=name), [first], 16)
+            optimizers[1].load_state_dict(kept)
+        for parameter, optimizer in zip((whole, first), optimizers, strict=True):
+            parameter.grad = gradient.clone()
+            optimizer.step()
+    assert torch.equal(whole, first)
 
 
 def test_constant_rate_after_warm_up() -> None:
