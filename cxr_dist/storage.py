@@ -32,8 +32,11 @@ MAX_PAUSE_S = 8.0
 """Longest pause between two tries, seconds."""
 
 
-def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
-    """The filesystem of a URI (one per bucket and process) and the path in it."""
+def resolve(uri: str, connection: int = 0) -> tuple[pafs.FileSystem, str]:
+    """The filesystem of a URI (one per bucket and process) and the path in it.
+
+    Another `connection` is a filesystem of its own, which shares no network connection with the others.
+    """
     if not uri:
         raise InputError("found an empty URI, expected a path, file://, s3://BUCKET/… or gs://BUCKET/…")
     parts = urlsplit(uri)
@@ -48,7 +51,7 @@ def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
     if not parts.netloc:
         raise InputError(f"{uri}: found no bucket, expected {parts.scheme}://BUCKET/…")
     key = uri.split("://", 1)[1].split("?", 1)[0]
-    return retry(lambda: _filesystem(parts.scheme, parts.netloc, parts.query), uri), key.rstrip("/")
+    return retry(lambda: _filesystem(parts.scheme, parts.netloc, parts.query, connection), uri), key.rstrip("/")
 
 
 def join(uri: str, *parts: str) -> str:
@@ -89,9 +92,9 @@ def modified_ns(uri: str) -> int:
     return _info(uri).mtime_ns or 0
 
 
-def open_input(uri: str) -> pa.NativeFile:
+def open_input(uri: str, connection: int = 0) -> pa.NativeFile:
     """Random access file; its `read_at(nbytes, offset)` may be called from several threads."""
-    fs, path = resolve(uri)
+    fs, path = resolve(uri, connection)
     return retry(lambda: fs.open_input_file(path), uri)
 
 
@@ -209,7 +212,7 @@ def forget_filesystems() -> None:
 
 
 @functools.lru_cache(maxsize=64)
-def _filesystem(scheme: str, bucket: str, query: str = "") -> pafs.FileSystem:
+def _filesystem(scheme: str, bucket: str, query: str = "", connection: int = 0) -> pafs.FileSystem:
     if scheme == "file":
         return pafs.LocalFileSystem()
     return pafs.FileSystem.from_uri(f"{scheme}://{bucket}" + (f"?{query}" if query else ""))[0]

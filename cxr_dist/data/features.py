@@ -21,6 +21,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cxr_dist import storage
+from cxr_dist.data.manifest import ROW_GROUPS_SCHEMA
+from cxr_dist.data.nih import FINDINGS
+from cxr_dist.data.pages import WRITE_OPTIONS
 from cxr_dist.data.plan import EMPTY, Int64, Split
 from cxr_dist.data.rows import fixed_rows
 from cxr_dist.data.shards import ShardReader
@@ -115,19 +118,19 @@ class FeatureSet:
 
     def reader(self) -> ShardReader:
         """Row groups of the set, as the stream reads them."""
-        groups = range(-(-self.num_rows // self.row_group))
-        return ShardReader(
-            root=self.folder,
-            in_place=False,
-            paths=pa.array([shard.path for shard in self.shards], pa.string()),
-            file_bytes=np.array([shard.bytes for shard in self.shards], np.int64),
-            file_index=np.array([group // self.groups_per_shard for group in groups], np.int32),
-            row_group_in_file=np.array([group % self.groups_per_shard for group in groups], np.int32),
-            num_rows=np.array(
-                [min(self.row_group, self.num_rows - group * self.row_group) for group in groups], np.int32
-            ),
-            findings=np.zeros((0, 0), bool),
-            columns=("image_id", "findings", "state", "reason", "image"),
+        places = [
+            (shard.path, number, min(self.row_group, shard.rows - number * self.row_group), offset, length)
+            for shard in self.shards
+            for number, (offset, length) in enumerate(zip(shard.offsets, shard.lengths, strict=True))
+        ]
+        names = ROW_GROUPS_SCHEMA.names
+        return ShardReader.of_shards(
+            self.folder,
+            self.shards,
+            pa.Table.from_pylist([dict(zip(names, place, strict=True)) for place in places], ROW_GROUPS_SCHEMA),
+            schema=shard_schema(self.row_bytes),
+            columns=tuple(shard_schema(self.row_bytes).names),
+            mend="the file was changed or cut, delete its folder; the features are then made again",
         )
 
     @property
@@ -207,6 +210,19 @@ def num_shards(split: Split) -> int:
     return -(-split.num_groups // groups_per_shard(split.row_group))
 
 
+def shard_schema(row_bytes: int) -> pa.Schema:
+    """Columns of a shard of features; `image` holds an image's features, of so many bytes."""
+    return pa.schema(
+        [
+            ("image_id", pa.string()),
+            ("findings", pa.list_(pa.bool_(), len(FINDINGS))),
+            ("state", pa.uint8()),
+            ("reason", pa.string()),
+            ("image", pa.binary(row_bytes)),
+        ]
+    )
+
+
 def shard_path(number: int) -> str:
     return f"{number:05d}.parquet"
 
@@ -227,16 +243,8 @@ def write_shard(
     }
     sink = pa.BufferOutputStream()
     footers: list[pq.FileMetaData] = []
-    pq.write_table(
-        pa.table(columns),
-        sink,
-        row_group_size=row_group,
-        compression="none",
-        use_dictionary=False,
-        write_statistics=False,
-        write_page_checksum=True,
-        metadata_collector=footers,
-    )
+    table = pa.table(columns, schema=shard_schema(stored.shape[1]))
+    pq.write_table(table, sink, row_group_size=row_group, metadata_collector=footers, **WRITE_OPTIONS)
     data = sink.getvalue()
     groups = [footers[0].row_group(group) for group in range(footers[0].num_row_groups)]
     columns_of = [[group.column(column) for column in range(group.num_columns)] for group in groups]
