@@ -1,20 +1,30 @@
 """The decoding end of the stream: one task in, one block of rows out, in a process that imports no torch.
 
-A block is a rank's run of consecutive steps, always the same number of rows.
+A block is a rank's run of consecutive steps. The ranks' blocks of one round have the same number of rows, which is all
+that dealing them in turn needs; the first rounds are short, so that the first batch need not wait for a whole task, and
+the last one is as long as what is left.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import dataclasses
+import functools
+import itertools
+import json
+import threading
+import time
+from dataclasses import dataclass, field
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
-from cxr_dist.data import images
-from cxr_dist.data.plan import EMPTY, Plan, view_of
-from cxr_dist.data.rows import DecodeMany, DecodeOne, Journal, RowDecoder, RowSource, decode_isolated
+from cxr_dist.data import images, ranges
+from cxr_dist.data.plan import Plan, view_of
+from cxr_dist.data.rows import DecodeMany, Journal, Part, RowDecoder, RowSource, decode_rows
+from cxr_dist.data.suspects import DecodeOne, decode_isolated
+from cxr_dist.data.turns import Turns
 
-__all__ = ["Decoder", "StreamSpec"]
+__all__ = ["BlockFacts", "Decoder", "StreamSpec"]
+
+_FACTS = b"cxr_dist"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +38,7 @@ class StreamSpec:
     start: int
     """First step of the run that is still to be done."""
     steps_per_task: int
+    """Steps of a task, after a few tasks of 1, 2, 4, … steps."""
     size: int
     encoding: str
     findings: tuple[int, ...]
@@ -42,21 +53,58 @@ class StreamSpec:
     """Names the journal files of this run on a node."""
 
     @property
+    def block_bytes(self) -> int:
+        """Bytes of the rows of a task of `steps_per_task` steps."""
+        share = self.plan.rank_batch(self.world_size)
+        return self.steps_per_task * share * (self.feature_bytes or self.size * self.size)
+
+    @property
     def num_tasks(self) -> int:
-        runs = -(-(self.plan.num_steps - self.start) // self.steps_per_task)
-        return runs * self.world_size
+        left, short = self.plan.num_steps - self.start, self._short_rounds
+        if left < 2**short:
+            return left.bit_length() * self.world_size
+        return (short + -(-(left - 2**short + 1) // self.steps_per_task)) * self.world_size
 
     def task(self, number: int) -> tuple[int, range]:
-        """Rank and step numbers of a task; numbers at or past the run's end are padding steps."""
-        run, rank = divmod(number, self.world_size)
-        first = self.start + run * self.steps_per_task
-        return rank, range(first, first + self.steps_per_task)
+        """Rank and step numbers of a task."""
+        turn, rank = divmod(number, self.world_size)
+        return rank, range(self._first_step(turn), self._first_step(turn + 1))
+
+    @property
+    def _short_rounds(self) -> int:
+        """Rounds of 1, 2, 4, … steps before those of `steps_per_task`."""
+        return (self.steps_per_task - 1).bit_length()
+
+    def _first_step(self, turn: int) -> int:
+        short = min(turn, self._short_rounds)
+        done = 2**short - 1 + (turn - short) * self.steps_per_task
+        return min(self.start + done, self.plan.num_steps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockFacts:
+    """What a block says of itself as a whole; travels with its schema."""
+
+    start: int
+    """First step of this stream."""
+    ended: float
+    """When its decoding ended, seconds since 1970."""
+    reads: ranges.ReadCounters = field(default_factory=ranges.ReadCounters)
+    """What its process had read from storage by then and not yet told with an earlier block."""
+
+    def attach(self, block: pa.Table) -> pa.Table:
+        return block.replace_schema_metadata({_FACTS: json.dumps(dataclasses.asdict(self))})
+
+    @classmethod
+    def of(cls, block: pa.Table) -> "BlockFacts":
+        facts = json.loads(block.schema.metadata[_FACTS])
+        return cls(**{**facts, "reads": ranges.ReadCounters(**facts["reads"])})
 
 
 class Decoder:
-    """A Ray Data actor's callable: {"item": [task number]} to a block of steps_per_task * rank_batch rows.
+    """Makes the blocks of a stream's tasks; several threads may ask for different ones, of which one decodes at a time.
 
-    Columns: `row_schema`, then the run's first step of this stream (start), the row's step (index) and its rank.
+    Columns: `row_schema`, then the row's step (index) and its rank.
     """
 
     def __init__(
@@ -77,29 +125,38 @@ class Decoder:
             )
             for (kind, view), source in {**sources, ("validation", 0): spec.validation}.items()
         }
-
-    def __call__(self, batch: dict[str, npt.NDArray[np.int64]]) -> Iterator[pa.Table]:
-        for number in batch["item"]:
-            yield self.block(int(number))
+        # two tasks at once hide the waits of either for bytes, but would share the one core they were given
+        self.turns = Turns()
+        self.telling = threading.Lock()
+        self.told = ranges.counters()
 
     def block(self, number: int) -> pa.Table:
         """The block of one task: a rank's run of consecutive steps."""
         rank, indices = self.spec.task(number)
         with Journal(self.spec.token, number) as journal:
-            steps = [self._step(index, rank, journal) for index in indices]
-        return pa.concat_tables(steps).combine_chunks()
+            block = decode_rows(self._parts(rank, indices), journal, functools.partial(self.turns.turn, number))
+        share = len(block) // len(indices)
+        block = block.append_column("index", pa.array(np.repeat(np.arange(indices.start, indices.stop), share)))
+        block = block.append_column("rank", pa.array(np.full(len(block), rank, dtype=np.int32)))
+        with self.telling:
+            read = ranges.counters()
+            facts = BlockFacts(start=self.spec.start, ended=time.time(), reads=read - self.told)
+            self.told = read
+        return facts.attach(block)
 
-    def _step(self, index: int, rank: int, journal: "Journal") -> pa.Table:
+    def _parts(self, rank: int, indices: range) -> list[Part]:
+        """What the steps hold, neighbours from one source and of one view in one piece."""
         spec, plan = self.spec, self.spec.plan
-        if index < plan.num_steps:
-            step = plan.step(index)
-            view = view_of(step.epoch, views=spec.views, augment=spec.augment) if step.kind == "train" else 0
-            groups = step.of_rank(rank, spec.world_size)
-            decoder = self.decoders[step.kind, view if spec.train_views else 0]
-            table = decoder.rows(groups, journal, seed=plan.seed, view=view)
-        else:
-            nothing = np.full(plan.groups_per_step // spec.world_size, EMPTY)
-            table = self.decoders["train", 0].rows(nothing, journal)
-        table = table.append_column("start", pa.array(np.full(len(table), spec.start)))
-        table = table.append_column("index", pa.array(np.full(len(table), index)))
-        return table.append_column("rank", pa.array(np.full(len(table), rank, dtype=np.int32)))
+        steps = [plan.step(index) for index in indices]
+        parts = []
+        for (kind, epoch), group in itertools.groupby(steps, lambda step: (step.kind, step.epoch)):
+            view = view_of(epoch, views=spec.views, augment=spec.augment) if kind == "train" else 0
+            parts.append(
+                Part(
+                    decoder=self.decoders[kind, view if spec.train_views else 0],
+                    groups=np.concatenate([step.of_rank(rank, spec.world_size) for step in group]),
+                    seed=plan.seed,
+                    view=view,
+                )
+            )
+        return parts

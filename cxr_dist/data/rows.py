@@ -1,17 +1,13 @@
 """Rows of row groups as fixed-shape tables: images read, decoded and marked, in a process that imports no torch.
 
-An image that cannot be read keeps its place as mean grey and is marked; an image that kills the decoding process is
-found out at the second attempt (a small journal file says what the first was decoding), tried alone in a child process,
-and marked if it kills that too. Features of the frozen prefix are rows like images, only wider.
+An image that cannot be read, or that kills whatever decodes it (`suspects`), keeps its place as mean grey and is marked.
+Features of the frozen prefix are rows like images, only wider.
 """
 
-import os
-import subprocess
-import sys
-import tempfile
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,7 +15,8 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from cxr_dist.data import images
-from cxr_dist.data.plan import EMPTY, NUM_DRAWS, Int64, Split, draws
+from cxr_dist.data.plan import EMPTY, NUM_DRAWS, Int64, Split, draws_of
+from cxr_dist.data.suspects import DecodeOne, Journal, decode_isolated
 from cxr_dist.errors import RunError
 
 __all__ = [
@@ -28,9 +25,11 @@ __all__ = [
     "OK",
     "PADDING",
     "Journal",
+    "Part",
     "RowDecoder",
     "RowSource",
     "decode_isolated",
+    "decode_rows",
     "findings_of",
     "fixed_rows",
     "row_schema",
@@ -45,21 +44,14 @@ GREY = 128
 """Grey level that stands in for an unreadable image."""
 
 PACK = 4
-"""Images decoded in one call; the decoder resizes as many at once."""
+"""Images decoded in one call: as many are suspect when the process dies."""
 
-ISOLATED_TIMEOUT_S = 60
+RUN_PNG, RUN_ROWS = 64, 1024
+"""Rows that are read together, later ones meanwhile in flight: 25 MB of NIH's PNG, which take 0.25 s to decode; rows
+that need no decoding are mostly a whole block."""
 
 DecodeMany = Callable[[list[bytes], int], Pixels]
 """Encoded images and a size to pixels [images, size, size]; ImageError if any cannot be read."""
-
-DecodeOne = Callable[[bytes, int], Pixels | str]
-"""One encoded image and a size to pixels [size, size], or why it has none."""
-
-ISOLATED_PROGRAM = (
-    "from cxr_dist.data.images import to_grey; "
-    "sys.stdout.buffer.write(to_grey(sys.stdin.buffer.read(), int(sys.argv[1])).tobytes())"
-)
-"""What the child process of `decode_isolated` runs: an image on stdin, its size as argument, pixels on stdout."""
 
 
 class RowSource(Protocol):
@@ -68,7 +60,8 @@ class RowSource(Protocol):
     def read(self, groups: Int64) -> pa.Table:
         """Rows of the row groups, in order: image_id, findings (one bool a finding), image (bytes).
 
-        Stored features come with state and reason too: their images were decoded before.
+        Stored features come with state and reason too: their images were decoded before. A source that has to wait for
+        storage also has `stream`: runs of row groups to the rows of each in turn, the next ones in flight meanwhile.
         """
         ...
 
@@ -86,21 +79,6 @@ def row_schema(row_bytes: int, num_findings: int) -> pa.Schema:
             ("image", pa.binary(row_bytes)),
         ]
     )
-
-
-def decode_isolated(encoded: bytes, size: int, program: str = ISOLATED_PROGRAM) -> Pixels | str:
-    """Decode one suspicious image in a child process; a reason if that process dies, hangs or refuses."""
-    command = [sys.executable, "-c", f"import sys; sys.path[:] = {sys.path!r}; {program}", str(size)]
-    try:
-        child = subprocess.run(command, input=encoded, capture_output=True, timeout=ISOLATED_TIMEOUT_S)
-    except subprocess.TimeoutExpired:
-        return f"decoder hung for {ISOLATED_TIMEOUT_S} s"
-    if child.returncode < 0:
-        return f"decoder killed by signal {-child.returncode}"
-    if child.returncode or len(child.stdout) != size * size:
-        last = child.stderr.decode(errors="replace").strip().rpartition("\n")[2]
-        return last.removeprefix(f"{images.__name__}.ImageError: ") or f"decoder ended with {child.returncode}"
-    return np.frombuffer(child.stdout, dtype=np.uint8).reshape(size, size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,62 +103,25 @@ class RowDecoder:
         """Bytes of one decoded row."""
         return self.feature_bytes if self.encoding == "features" else self.size * self.size
 
-    def rows(self, groups: Int64, journal: "Journal", *, seed: int = 0, view: int = 0) -> pa.Table:
+    def rows(self, groups: Int64, journal: Journal, *, seed: int = 0, view: int = 0) -> pa.Table:
         """Rows of the row groups (`row_schema`), len(groups) * row_group of them, padded where a group is not full."""
-        rows = self.split.rows(groups)
-        num_rows, num_read = len(rows), int((rows >= 0).sum())
-        state = np.full(num_rows, PADDING, dtype=np.uint8)
-        pixels = np.zeros((num_rows, self.row_bytes), dtype=np.uint8)
-        labels = np.zeros((num_rows, len(self.findings)), dtype=np.uint8)
-        reasons: list[str | None] = [None] * num_rows
-        ids = [""] * num_rows
-        view_draws = [bytes(4 * NUM_DRAWS)] * num_rows
-        if num_read:
-            table = self.source.read(groups[groups != EMPTY])
-            if len(table) != num_read or not (rows[:num_read] >= 0).all():
-                raise RunError(f"row groups {groups.tolist()}: found {len(table)} rows, expected {num_read}")
-            ids[:num_read] = table["image_id"].to_pylist()
-            labels[:num_read] = findings_of(table)[:, list(self.findings)]
-            state[:num_read] = OK
-            if self.encoding == "features":
-                state[:num_read], reasons[:num_read] = table["state"].to_numpy(), table["reason"].to_pylist()
-            elif view:
-                view_draws[:num_read] = [draws(seed, image_id, view) for image_id in ids[:num_read]]
-            if self.encoding == "png":
-                for row, result in enumerate(self._decoded(table, ids[:num_read], journal)):
-                    if isinstance(result, str):
-                        state[row], reasons[row], pixels[row] = CORRUPT, result, GREY
-                    else:
-                        pixels[row] = result.reshape(-1)
-            else:
-                pixels[:num_read] = fixed_rows(table["image"], np.uint8)
-        return pa.table(
-            [
-                pa.array(rows),
-                pa.array(ids, pa.string()),
-                pa.array(state),
-                pa.array(reasons, pa.string()),
-                _fixed_binary(labels),
-                pa.array(view_draws, pa.binary(4 * NUM_DRAWS)),
-                _fixed_binary(pixels),
-            ],
-            schema=row_schema(self.row_bytes, len(self.findings)),
-        )
+        return decode_rows([Part(decoder=self, groups=groups, seed=seed, view=view)], journal)
 
-    def _decoded(self, table: pa.Table, ids: Sequence[str], journal: "Journal") -> list[Pixels | str]:
+    def _decoded(self, column: pa.ChunkedArray, ids: Sequence[str], journal: Journal) -> Iterator[Pixels | str]:
         """Pixels of each encoded image, or why it has none."""
-        encoded = table["image"].to_pylist()
-        results: dict[int, Pixels | str] = {
-            row: self.isolated(encoded[row], self.size)
-            for row, image_id in enumerate(ids)
-            if image_id in journal.suspects
-        }
-        todo = [row for row in range(len(ids)) if row not in results]
-        for start in range(0, len(todo), PACK):
-            rows = todo[start : start + PACK]
-            journal.mark([ids[row] for row in rows])
-            results.update(zip(rows, self._decode_pack([encoded[row] for row in rows]), strict=True))
-        return [results[row] for row in range(len(ids))]
+        for start in range(0, len(ids), PACK):
+            # taken out of Arrow a few at a time: 50 MB of copies at once cost a twentieth of the decoding
+            encoded, names = column.slice(start, PACK).to_pylist(), ids[start : start + PACK]
+            results = {
+                row: self.isolated(encoded[row], self.size)
+                for row, name in enumerate(names)
+                if name in journal.suspects
+            }
+            todo = [row for row in range(len(names)) if row not in results]
+            if todo:
+                journal.mark([names[row] for row in todo])
+                results.update(zip(todo, self._decode_pack([encoded[row] for row in todo]), strict=True))
+            yield from (results[row] for row in range(len(names)))
 
     def _decode_pack(self, encoded: list[bytes]) -> list[Pixels | str]:
         try:
@@ -191,30 +132,99 @@ class RowDecoder:
             return [result for one in encoded for result in self._decode_pack([one])]
 
 
-class Journal:
-    """What a task is decoding, in a file that outlives its process: the next attempt reads it as suspects.
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """Row groups of a table to be, one after another: what decodes them, and the view of them that is shown."""
 
-    A page-cache write of a few dozen bytes for every few images, about a microsecond beside milliseconds of decoding.
+    decoder: RowDecoder
+    groups: Int64
+    seed: int = 0
+    view: int = 0
+
+
+def decode_rows(
+    parts: Sequence[Part], journal: Journal, turn: Callable[[], AbstractContextManager[Any]] = nullcontext
+) -> pa.Table:
+    """The rows of the parts (`row_schema`), padded where a row group is empty or not full.
+
+    The bytes of what comes next are in flight while something is decoded; `turn()` is held while decoding, and given up
+    while waiting for bytes.
     """
+    rows = [part.decoder.split.rows(part.groups) for part in parts]
+    out = _Rows(np.concatenate(rows), parts[0].decoder)
+    starts = itertools.accumulate(map(len, rows[:-1]), initial=0)
+    for start, part in zip(starts, parts, strict=True):
+        for at, table in _stored(part.decoder, part.groups):
+            with turn():
+                out.fill(start + at, table, part, journal)
+    return out.table()
 
-    def __init__(self, token: str, number: int):
-        self.path = Path(tempfile.gettempdir()) / f"cxr-dist-{token}-{number}"
-        self.suspects: frozenset[str] = frozenset()
-        if self.path.exists():
-            self.suspects = frozenset(self.path.read_text().splitlines())
-        self.file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600)
-        self.base = os.fstat(self.file).st_size
 
-    def mark(self, image_ids: Sequence[str]) -> None:
-        os.ftruncate(self.file, self.base)
-        os.write(self.file, ("\n".join(image_ids) + "\n").encode())
+def _stored(decoder: RowDecoder, groups: Int64) -> Iterator[tuple[int, pa.Table]]:
+    """The stored rows of row groups in runs that are read together, each with the place of its first row."""
+    at, rows = 0, decoder.split.rows(groups)
+    expected = int((rows >= 0).sum())
+    present = groups[groups != EMPTY]
+    size = max(1, (RUN_PNG if decoder.encoding == "png" else RUN_ROWS) // decoder.split.row_group)
+    runs = [present[start : start + size] for start in range(0, len(present), size)]
+    source = decoder.source
+    for table in source.stream(runs) if hasattr(source, "stream") else map(source.read, runs):
+        yield at, table
+        at += len(table)
+    if at != expected or not (rows[:expected] >= 0).all():
+        raise RunError(f"row groups {groups.tolist()}: found {at} rows, expected {expected}")
 
-    def __enter__(self) -> "Journal":
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        os.close(self.file)
-        self.path.unlink(missing_ok=True)
+class _Rows:
+    """A table while it is filled: N rows, all of them padding at first."""
+
+    def __init__(self, rows_N: Int64, decoder: RowDecoder):
+        count = len(rows_N)
+        self.schema = row_schema(decoder.row_bytes, len(decoder.findings))
+        self.rows_N = rows_N
+        self.ids = [""] * count
+        self.state_N = np.full(count, PADDING, dtype=np.uint8)
+        self.reasons: list[str | None] = [None] * count
+        self.labels_NK = np.zeros((count, len(decoder.findings)), dtype=np.uint8)
+        self.draws_N6 = np.zeros((count, NUM_DRAWS), dtype="<f4")
+        self.content_NB = np.zeros((count, decoder.row_bytes), dtype=np.uint8)
+
+    def fill(self, start: int, table: pa.Table, part: Part, journal: Journal) -> None:
+        """Decode stored rows to where they belong, from row `start` on."""
+        decoder, ids = part.decoder, table["image_id"].to_pylist()
+        at = slice(start, start + len(ids))
+        if at.stop > len(self.ids):
+            raise RunError(f"row groups {part.groups.tolist()}: found more rows than the {len(self.ids)} expected")
+        self.ids[at] = ids
+        self.labels_NK[at] = findings_of(table)[:, list(decoder.findings)]
+        self.state_N[at] = OK
+        if decoder.encoding == "features":
+            self.state_N[at], self.reasons[at] = table["state"].to_numpy(), table["reason"].to_pylist()
+        elif part.view:
+            self.draws_N6[at] = draws_of(part.seed, ids, part.view)
+        if decoder.encoding == "png":
+            for row, result in enumerate(decoder._decoded(table["image"], ids, journal), start):
+                if isinstance(result, str):
+                    self.state_N[row], self.reasons[row], self.content_NB[row] = CORRUPT, result, GREY
+                else:
+                    self.content_NB[row] = result.reshape(-1)
+        else:
+            row = start
+            for chunk in table["image"].chunks:
+                self.content_NB[row : row + len(chunk)] = _fixed_rows(chunk, np.uint8)
+                row += len(chunk)
+
+    def table(self) -> pa.Table:
+        columns = [
+            pa.array(self.rows_N),
+            pa.array(self.ids, pa.string()),
+            pa.array(self.state_N),
+            pa.array(self.reasons, pa.string()),
+            _fixed_binary(self.labels_NK),
+            _fixed_binary(self.draws_N6.view(np.uint8)),
+            _fixed_binary(self.content_NB),
+        ]
+        return pa.table(columns, schema=self.schema)
 
 
 def findings_of(table: pa.Table) -> npt.NDArray[np.uint8]:
@@ -231,7 +241,10 @@ def _fixed_binary(values: npt.NDArray[np.uint8]) -> pa.FixedSizeBinaryArray:
 
 def fixed_rows(column: pa.ChunkedArray, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
     """A fixed-size binary column as a matrix of `dtype`, [rows, bytes / itemsize]; no copy if it is one chunk."""
-    array = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+    return _fixed_rows(column.chunk(0) if column.num_chunks == 1 else column.combine_chunks(), dtype)
+
+
+def _fixed_rows(array: pa.FixedSizeBinaryArray, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
     width = array.type.byte_width
     data = np.frombuffer(array.buffers()[1], dtype=np.uint8)
     return data[array.offset * width : (array.offset + len(array)) * width].view(dtype).reshape(len(array), -1)

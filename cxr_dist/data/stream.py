@@ -1,26 +1,29 @@
 """The plan as a stream: one Ray Data pipeline for the whole job, dealt to the ranks, checked at the consumer.
 
-Ray's splitter gives the next block to the rank that has received the fewest rows, ties to the lowest rank. With
-blocks of one size in a kept order that is a round robin, so ordering the tasks run by run and rank by rank is enough
-to deliver the plan. Nothing rests on it silently: every row carries its step and rank, and the first that is not the
-one expected is an error.
+Ray's splitter gives the next block to the rank that has received the fewest rows, ties to the lowest rank. With blocks
+in a kept order, and those of one round of all ranks of one size, that is a round robin, so ordering the tasks round by
+round and rank by rank is enough to deliver the plan. Nothing rests on it silently: every row carries its step and rank,
+and the first that is not the one expected is an error.
 """
 
+import dataclasses
+import functools
+import threading
 import time
-import warnings
 from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import ray
 import ray.train
-from ray.util.annotations import RayDeprecationWarning
 
-from cxr_dist.data.decode import Decoder, StreamSpec
+from cxr_dist.data.decode import BlockFacts, Decoder, StreamSpec
+from cxr_dist.data.numbered import Maker, numbered_blocks
 from cxr_dist.data.plan import Plan, Step
+from cxr_dist.data.ranges import ReadCounters
 from cxr_dist.data.rows import CORRUPT, OK, fixed_rows
 from cxr_dist.errors import RunError
 
@@ -28,6 +31,13 @@ __all__ = ["Batch", "PlanDataConfig", "Stream", "build_splits"]
 
 TASK_RETRIES = 8
 """Attempts after the first at a decoding task whose process died; Ray's default is to try for ever."""
+
+BLOCKS_PER_ACTOR, BLOCKS_PER_RANK = 8, 4
+"""Blocks that may be in memory at once. Ray counts two for each of an actor's two tasks while they run, and keeps a
+quarter of the whole for finished ones."""
+
+LEAST_STORE_BYTES = 256 << 20
+"""Object store that the stream may use in any case."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,29 +64,21 @@ def build_splits(
     spec: StreamSpec,
     *,
     num_actors: int,
-    decoder: Callable[..., Any] = Decoder,
+    decoder: Callable[[StreamSpec], Maker] = Decoder,
     label_selector: dict[str, str] | None = None,
     retries: int = TASK_RETRIES,
 ) -> list[Any]:
     """One DataIterator a rank over the run's remaining steps. Needs a running Ray."""
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    tasks = ray.data.from_items(list(range(spec.num_tasks)), override_num_blocks=spec.num_tasks)
-    with warnings.catch_warnings():
-        # Ray 2.60 calls these two arguments deprecated and has no other name for them
-        warnings.simplefilter("ignore", RayDeprecationWarning)
-        blocks = tasks.map_batches(
-            decoder,
-            fn_constructor_kwargs={"spec": spec},
-            batch_size=1,
-            compute=ray.data.ActorPoolStrategy(size=num_actors),
-            num_cpus=1,
-            label_selector=label_selector,
-            max_restarts=-1,
-            max_task_retries=retries,
-        )
-    blocks.context.execution_options = ray.data.ExecutionOptions(preserve_order=True)
-    blocks.context.target_max_block_size = None  # a task's output stays one block, however large
+    blocks = numbered_blocks(
+        spec.num_tasks,
+        functools.partial(decoder, spec),
+        num_actors=num_actors,
+        retries=retries,
+        store_bytes=max(
+            LEAST_STORE_BYTES, spec.block_bytes * (BLOCKS_PER_ACTOR * num_actors + BLOCKS_PER_RANK * spec.world_size)
+        ),
+        label_selector=label_selector,
+    )
     return blocks.streaming_split(spec.world_size, equal=False)
 
 
@@ -120,15 +122,25 @@ class Stream:
     """Side of an image; 0 where the rows are features."""
     wait_s: float = 0.0
     """Seconds spent waiting for data, all batches together."""
+    head_of_line_s: float = 0.0
+    """The part of `wait_s` in which the awaited block, or the one after it, was already decoded: what order and delivery
+    cost. Told one block late; the clocks of the nodes have to agree."""
+    reads: ReadCounters = field(default_factory=ReadCounters)
+    """What the decoders read from storage for the blocks that came to this rank, as they told it."""
     delivered: int = 0
     """Images delivered, unreadable ones included."""
     corrupt: dict[str, str] = field(default_factory=dict)
     """Unreadable images met so far: id to reason."""
     start: int | None = None
     """First step delivered; None before the first batch, or if no step is left."""
+    _begun: "_Begun | None" = field(default=None, init=False, repr=False)
+
+    def begin(self) -> None:
+        """Have the first batch decoded while the rank gets ready for it, and not only when it is asked for."""
+        self._begun = _Begun(self._blocks())
 
     def __iter__(self) -> Generator[Batch, None, None]:
-        blocks = iter(self.shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2))
+        blocks, self._begun = self._begun or self._blocks(), None
         try:
             yield from self._batches(blocks)
         finally:
@@ -136,22 +148,20 @@ class Stream:
             if hasattr(blocks, "close"):
                 blocks.close()
 
+    def _blocks(self) -> Iterator[pa.Table]:
+        # Nothing is gained by prefetching: Ray fetches one block ahead anyway, and would give none before as many
+        # more are decoded.
+        return iter(self.shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0))
+
     def _batches(self, blocks: Iterator[pa.Table]) -> Iterator[Batch]:
         share = self.plan.rank_batch(self.world_size)
         expected = None
-        while True:
-            waited = time.perf_counter()
-            block = next(blocks, None)
-            self.wait_s += time.perf_counter() - waited
-            if block is None:
-                break
+        for block, facts in self._timed(blocks):
+            if expected is None:
+                expected = self.start = facts.start
+            self.reads = _sum(self.reads, facts.reads)
             for offset in range(0, len(block), share):
-                rows = block.slice(offset, share)
-                if expected is None:
-                    expected = self.start = rows["start"][0].as_py()
-                if expected == self.plan.num_steps and rows["index"][0].as_py() >= expected:
-                    continue
-                yield self._checked(rows, expected)
+                yield self._checked(block.slice(offset, share), expected)
                 expected += 1
         if expected is None and not isinstance(self.shard, EmptyShard):
             expected = 0
@@ -161,6 +171,21 @@ class Stream:
                 "a decoding task was lost, run the job again to go on from the last checkpoint"
             )
 
+    def _timed(self, blocks: Iterator[pa.Table]) -> Iterator[tuple[pa.Table, BlockFacts]]:
+        """The blocks; counts the time until each comes."""
+        since = until = ready = 0.0  # the last wait, and when the block that it was for had been decoded
+        while True:
+            began = time.time()
+            block = next(blocks, None)
+            came = time.time()
+            self.wait_s += came - began
+            facts = None if block is None else BlockFacts.of(block)
+            self.head_of_line_s += max(0.0, until - max(since, min(ready, facts.ended if facts else ready)))
+            if block is None or facts is None:
+                return
+            since, until, ready = began, came, facts.ended
+            yield block, facts
+
     def _checked(self, table: pa.Table, index: int) -> Batch:
         self._expect("step", table["index"].to_numpy(), np.full(len(table), index), index)
         self._expect("rank", table["rank"].to_numpy(), np.full(len(table), self.rank), index)
@@ -169,8 +194,7 @@ class Stream:
         self._expect("row", table["row"].to_numpy(), rows, index)
         state = table["state"].to_numpy()
         ids = table["image_id"].to_pylist()
-        reasons = table["reason"].to_pylist()
-        corrupt = {ids[row]: reasons[row] for row in np.flatnonzero(state == CORRUPT)}
+        corrupt = {ids[row]: table["reason"][row].as_py() for row in np.flatnonzero(state == CORRUPT).tolist()}
         self.corrupt.update(corrupt)
         self.delivered += int((rows >= 0).sum())
         content = fixed_rows(table["image"], np.uint8)
@@ -192,3 +216,35 @@ class Stream:
                 f"stream of rank {self.rank} out of order: found {name} {found[:4].tolist()}…, expected "
                 f"{expected[:4].tolist()}… at step {index}; this is a fault of the stream, please report it"
             )
+
+
+class _Begun(Iterator[pa.Table]):
+    """Blocks, the first of which a thread asks for at once."""
+
+    def __init__(self, blocks: Iterator[pa.Table]):
+        self.blocks = blocks
+        self.first: Future[pa.Table | None] | None = Future()
+        threading.Thread(target=self._ask, args=(self.first,), name="first block", daemon=True).start()
+
+    def _ask(self, first: "Future[pa.Table | None]") -> None:
+        try:
+            first.set_result(next(self.blocks, None))
+        except BaseException as error:  # noqa: BLE001  raised where the block is asked for
+            first.set_exception(error)
+
+    def __next__(self) -> pa.Table:
+        first, self.first = self.first, None
+        block = first.result() if first else next(self.blocks, None)
+        if block is None:
+            raise StopIteration
+        return block
+
+    def close(self) -> None:
+        if self.first:
+            self.first.exception()  # a generator cannot be closed while it runs
+        if hasattr(self.blocks, "close"):
+            self.blocks.close()
+
+
+def _sum(one: ReadCounters, other: ReadCounters) -> ReadCounters:
+    return ReadCounters(**{name: value + getattr(other, name) for name, value in dataclasses.asdict(one).items()})

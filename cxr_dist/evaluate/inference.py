@@ -54,7 +54,7 @@ def score_split(
     findings = tuple(checkpoint["findings"])
     decode = DecodeGroups(
         RowDecoder(
-            source=ShardReader.from_manifest(manifest, split),
+            source=ShardReader.from_manifest(manifest, split, config.data),
             split=Split(num_rows=rows.num_rows, row_group=manifest.row_group),
             size=manifest.size,
             encoding=manifest.encoding,

@@ -8,12 +8,10 @@ from cxr_dist.data.decode import StreamSpec
 from cxr_dist.data.features import FeatureSet
 from cxr_dist.data.plan import Plan
 from cxr_dist.data.rows import RowSource
+from cxr_dist.data.sizing import steps_per_task
 from cxr_dist.train.checkpoint import Checkpoints
 
 __all__ = ["TrainJob", "training_views"]
-
-PNG_TASK_IMAGES, PIXELS_TASK_IMAGES = 128, 512
-"""Images in a decoding task where the config leaves it open: about half a second of work of either kind."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,16 +56,14 @@ class TrainJob:
 
     def stream_spec(self, world_size: int, start: int) -> StreamSpec:
         """The stream of the run's steps from `start` on."""
-        images = self.config.data.task_images
-        if not images:
-            images = PNG_TASK_IMAGES if self.encoding == "png" and not self.features else PIXELS_TASK_IMAGES
         train, validation = self.train, self.validation
         views: tuple[RowSource, ...] = ()
         if self.features:
             validation = self.features["validation", 0].reader()
             readers = [self.features["train", view].reader() for view in training_views(self.config.train)]
             train, views = readers[0], tuple(readers) if self.config.train.augment else ()
-        left = max(1, self.plan.num_steps - start)
+        encoding = "features" if self.features else self.encoding
+        feature_bytes = self.features["validation", 0].row_bytes if self.features else 0
         return StreamSpec(
             plan=self.plan,
             train=train,
@@ -75,10 +71,17 @@ class TrainJob:
             validation=validation,
             world_size=world_size,
             start=start,
-            steps_per_task=min(left, max(1, images // self.plan.rank_batch(world_size))),
+            steps_per_task=steps_per_task(
+                train,
+                images=self.config.data.task_images,
+                encoding=encoding,
+                row_group=self.plan.train.row_group,
+                row_bytes=feature_bytes or self.size**2,
+                share=self.plan.rank_batch(world_size),
+            ),
             size=self.size,
-            encoding="features" if self.features else self.encoding,
-            feature_bytes=self.features["validation", 0].row_bytes if self.features else 0,
+            encoding=encoding,
+            feature_bytes=feature_bytes,
             findings=self.columns,
             views=self.config.train.views,
             augment=self.config.train.augment,

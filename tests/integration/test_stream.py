@@ -18,11 +18,13 @@ import pyarrow as pa
 import pytest
 import ray
 
-from cxr_dist.data.decode import Decoder, StreamSpec
+from cxr_dist.data.decode import BlockFacts, Decoder, StreamSpec
 from cxr_dist.data.images import to_grey, to_grey_many
 from cxr_dist.data.plan import Plan, Split
-from cxr_dist.data.rows import GREY, decode_isolated
+from cxr_dist.data.ranges import ReadCounters
+from cxr_dist.data.rows import GREY
 from cxr_dist.data.stream import Batch, EmptyShard, PlanDataConfig, Stream, build_splits
+from cxr_dist.data.suspects import decode_isolated
 from cxr_dist.errors import RunError
 from tests.releases import noise, png
 
@@ -244,7 +246,7 @@ def test_a_task_that_always_dies_ends_the_stream(consumers, tmp_path):
 
 def segfault_if_poisoned(encoded: list[bytes], size: int) -> np.ndarray:
     if any(data.endswith(POISON) for data in encoded):
-        os.kill(os.getpid(), signal.SIGSEGV)
+        signal.raise_signal(signal.SIGSEGV)  # to this thread, as a real fault is; os.kill would hit another, later
     return to_grey_many(encoded, size)
 
 
@@ -317,11 +319,11 @@ def test_blocks_in_order_pass():
 
 
 @pytest.mark.parametrize(("order", "message"), [
-    ([1, 0, 2, 3], r"rank 1 out of order: found step \[7, 7, 7, 7\]…, expected \[4, 4, 4, 4\]… at step 4"),
-    ([0, 2, 1, 3], r"rank 1 out of order: found step \[10, 10, 10, 10\]…, expected \[7, 7, 7, 7\]… at step 7"),
-    ([0, 1, 1, 2], r"rank 1 out of order: found step \[7, 7, 7, 7\]…, expected \[10, 10, 10, 10\]… at step 10"),
-    ([0, 1, 2, 3, 4, 5, 0], r"found step \[4, 4, 4, 4\]…, expected \[22, 22, 22, 22\]… at step 22"),
-    ([0, 1, 2], "stream of rank 1 ended before step 13 of 22"),
+    ([1, 0, 2, 3], r"rank 1 out of order: found step \[5, 5, 5, 5\]…, expected \[4, 4, 4, 4\]… at step 4"),
+    ([0, 2, 1, 3], r"rank 1 out of order: found step \[7, 7, 7, 7\]…, expected \[5, 5, 5, 5\]… at step 5"),
+    ([0, 1, 1, 2], r"rank 1 out of order: found step \[5, 5, 5, 5\]…, expected \[7, 7, 7, 7\]… at step 7"),
+    ([0, 1, 2, 3, 4, 5, 6, 0], r"found step \[4, 4, 4, 4\]…, expected \[22, 22, 22, 22\]… at step 22"),
+    ([0, 1, 2], "stream of rank 1 ended before step 10 of 22"),
     ([], "stream of rank 1 ended before step 0 of 22"),
 ])  # fmt: skip
 def test_tampered_order_is_an_error(order, message):
@@ -336,7 +338,7 @@ def test_tampered_order_is_an_error(order, message):
 def test_another_ranks_block_is_an_error():
     spec = spec_of()
     stream, _ = stream_of([blocks_of(spec, 1)[0], blocks_of(spec, 0)[1]], spec)
-    with pytest.raises(RunError, match=r"stream of rank 1 out of order: found rank \[0, 0, 0, 0\]…, .* at step 3"):
+    with pytest.raises(RunError, match=r"stream of rank 1 out of order: found rank \[0, 0, 0, 0\]…, .* at step 1"):
         list(stream)
 
 
@@ -352,8 +354,8 @@ def test_rows_of_another_plan_are_an_error():
 def test_a_split_block_is_an_error():
     spec = spec_of()
     blocks = blocks_of(spec, 1)
-    stream, _ = stream_of([blocks[0].slice(0, 12), blocks[0].slice(12), *blocks[1:]], spec)
-    with pytest.raises(RunError, match="out of order"):
+    stream, _ = stream_of([*blocks[:2], blocks[2].slice(0, 12), blocks[2].slice(12), *blocks[3:]], spec)
+    with pytest.raises(RunError, match=r"out of order: .* at step 4"):
         list(stream)
 
 
@@ -377,6 +379,95 @@ def test_a_fault_of_the_consumer_closes_the_pipeline():
     with contextlib.suppress(ZeroDivisionError):
         train()
     assert shard.closed
+
+
+def test_blocks_may_be_asked_for_before_the_first_batch_is():
+    spec = spec_of()
+    plain, _ = stream_of(blocks_of(spec, 1), spec)
+    stream, shard = stream_of(blocks_of(spec, 1), spec)
+    stream.begin()
+    iterator = shard.iterator
+    for got, want in zip(stream, plain, strict=True):
+        assert (got.step.index, got.image_ids) == (want.step.index, want.image_ids)
+    assert shard.iterator is iterator
+    assert shard.closed
+
+
+def test_a_stream_that_was_begun_and_not_wanted_closes_the_pipeline():
+    spec = spec_of()
+    stream, shard = stream_of(blocks_of(spec, 1), spec)
+    stream.begin()
+    batches = iter(stream)
+    next(batches)
+    batches.close()
+    assert shard.closed
+
+
+def test_a_fault_of_the_pipeline_is_raised_to_who_asks_for_the_batch():
+    class Faulty(FakeShard):
+        def _deliver(self) -> Iterator[pa.Table]:
+            raise ZeroDivisionError
+            yield
+
+    spec = spec_of()
+    stream = Stream(shard=Faulty([]), plan=spec.plan, rank=1, world_size=2, size=SIZE)
+    stream.begin()
+    with pytest.raises(ZeroDivisionError):
+        next(iter(stream))
+
+
+class Clock:
+    """A clock for the stream that moves when a block is asked for."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.now = 100.0
+        monkeypatch.setattr("cxr_dist.data.stream.time.time", lambda: self.now)
+
+
+def waiting(clock: Clock, blocks: list[pa.Table], waits: list[float], ended: list[float]) -> list[pa.Table]:
+    """Blocks that come after so many seconds each and were decoded when `ended` says."""
+
+    def deliver() -> Iterator[pa.Table]:
+        for block, wait, end in zip(blocks, waits, ended, strict=True):
+            clock.now += wait
+            yield dataclasses.replace(BlockFacts.of(block), ended=end).attach(block)
+        clock.now += 1
+
+    return deliver()  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize(("ended", "head_of_line_s"), [
+    ([110, 115, 118, 120], 0),  # every block came as soon as it was decoded, the one after it later
+    ([107, 115, 118, 120], 3),  # the first was kept for three seconds
+    ([110, 104, 118, 120], 6 + 5),  # the second was decoded while the first was waited for, and then waited for itself
+    ([90, 91, 92, 93], 20),  # all were there before anything was asked for
+    ([110, 115, 118, 116], 2 + 2),  # the fourth was decoded while the third was waited for, and then waited for itself
+])  # fmt: skip
+def test_head_of_line_time_is_waiting_while_a_block_was_decoded(monkeypatch, ended, head_of_line_s):
+    """Waits of 10, 5, 3 and 2 seconds, then 1 for the end."""
+    spec = spec_of(steps_per_task=9, start=4)
+    blocks = blocks_of(spec, 1)
+    assert len(blocks) == 4 + 1
+    clock = Clock(monkeypatch)
+    delivered = waiting(clock, blocks[:4], [10, 5, 3, 2], ended)
+    stream, _ = stream_of(delivered, spec)  # type: ignore[arg-type]
+    with pytest.raises(RunError, match="ended before step"):
+        list(stream)
+    assert stream.wait_s == 21
+    assert stream.head_of_line_s == head_of_line_s
+
+
+def test_reads_of_all_blocks_are_summed():
+    spec = spec_of()
+    told = [ReadCounters(bytes_read=5, requests=1), ReadCounters(bytes_read=7, hedged=2)]
+    blocks = blocks_of(spec, 1)
+    blocks[0], blocks[3] = (
+        dataclasses.replace(BlockFacts.of(blocks[place]), reads=reads).attach(blocks[place])
+        for place, reads in zip((0, 3), told, strict=True)
+    )
+    stream, _ = stream_of(blocks, spec)
+    assert len(list(stream)) == 22
+    assert stream.reads == ReadCounters(bytes_read=12, requests=1, hedged=2)
 
 
 def test_a_source_with_wrong_rows_is_an_error_not_a_shift():

@@ -1,12 +1,14 @@
 """Decoding: fixed shapes, corrupt images that keep their place, and images that kill the process found out."""
 
+import contextlib
 import dataclasses
 import multiprocessing
 import os
 import signal
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -14,20 +16,21 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from cxr_dist.data import images
-from cxr_dist.data.decode import Decoder, StreamSpec
+from cxr_dist.data import images, ranges
+from cxr_dist.data.decode import BlockFacts, Decoder, StreamSpec
 from cxr_dist.data.plan import EMPTY, Plan, Split, draws
 from cxr_dist.data.rows import (
     CORRUPT,
     GREY,
     OK,
     PADDING,
-    Journal,
+    Part,
     RowDecoder,
-    decode_isolated,
+    decode_rows,
     fixed_rows,
     row_schema,
 )
+from cxr_dist.data.suspects import Journal, decode_isolated
 from cxr_dist.errors import RunError
 from tests.releases import noise, png
 
@@ -185,34 +188,95 @@ def stream_spec(train: Sequence[bytes] = PNGS, **changes: object) -> StreamSpec:
 
 
 def test_a_block_is_a_ranks_run_of_steps(journals):
+    """The second round's task of rank 1: the validation step of epoch 0, then the training step of epoch 1."""
     spec = stream_spec()
-    block = Decoder(spec).block(1)
-    first, third = (spec.plan.step(index).of_rank(1, 2).tolist() for index in (0, 2))
-    rows = [*range(4 * first[0], 4 * first[0] + 4), 4, -1, -1, -1, *range(4 * third[0], 4 * third[0] + 4)]
-    assert block["row"].to_pylist() == rows
-    assert block["index"].to_pylist() == [0] * 4 + [1] * 4 + [2] * 4
-    assert block["rank"].to_pylist() == [1] * 12
-    assert block["start"].to_pylist() == [0] * 12
-    assert block["image_id"][4].as_py() == "val 4.png"
+    assert spec.task(3) == (1, range(1, 3))
+    block = Decoder(spec).block(3)
+    [group] = spec.plan.step(2).of_rank(1, 2).tolist()
+    assert block["row"].to_pylist() == [4, -1, -1, -1, *range(4 * group, 4 * group + 4)]
+    assert block["index"].to_pylist() == [1] * 4 + [2] * 4
+    assert block["rank"].to_pylist() == [1] * 8
     ids = block["image_id"].to_pylist()
-    expected = [draws(0, name, 1) for name in ids[:4]] + [bytes(24)] * 4 + [draws(0, name, 2) for name in ids[8:]]
-    assert block["draws"].to_pylist() == expected
+    assert ids == ["val 4.png", "", "", "", *(f"train {row}.png" for row in range(4 * group, 4 * group + 4))]
+    assert block["draws"].to_pylist() == [bytes(24)] * 4 + [draws(0, name, 2) for name in ids[4:]]
+    expected = [images.to_grey(PNGS[4], SIZE), *[np.zeros((SIZE, SIZE))] * 3, *GREYS[4 * group : 4 * group + 4]]
+    assert (pixels_of(block) == np.stack(expected)).all()
     assert list(journals.iterdir()) == []
 
 
 def test_no_draws_without_augmentation():
-    blocks = [Decoder(stream_spec(augment=False)).block(number) for number in range(2)]
+    decoder = Decoder(stream_spec(augment=False))
+    blocks = [decoder.block(number) for number in range(decoder.spec.num_tasks)]
     assert {one for block in blocks for one in block["draws"].to_pylist()} == {bytes(24)}
 
 
-def test_the_last_task_is_padded_to_the_same_shape():
+def test_blocks_of_a_round_have_one_shape_and_all_blocks_one_schema():
+    """Rounds of 1 step, 2 steps and the 1 that is left, of 4 rows each; what a task holds of a round is in no other."""
     decoder = Decoder(stream_spec())
     blocks = [decoder.block(number) for number in range(decoder.spec.num_tasks)]
-    assert [len(block) for block in blocks] == [12] * 4
-    assert {block.schema for block in blocks} == {blocks[0].schema}
-    assert blocks[3]["index"].to_pylist() == [3] * 4 + [4] * 4 + [5] * 4
-    assert blocks[3]["state"].to_pylist()[4:] == [PADDING] * 8
-    assert [block.num_columns for block in decoder({"item": np.array([0, 3])})] == [10, 10]
+    assert [len(block) for block in blocks] == [4, 4, 8, 8, 4, 4]
+    assert all(block.schema.equals(blocks[0].schema) for block in blocks)
+    of_rank = [pa.concat_tables(blocks[rank::2])["index"].to_pylist() for rank in (0, 1)]
+    assert of_rank == [[0] * 4 + [1] * 4 + [2] * 4 + [3] * 4] * 2
+
+
+def test_a_block_tells_when_it_was_decoded_and_what_was_read_for_it(monkeypatch):
+    """Bytes are told once, whichever of two tasks of a process they were read for."""
+    read = ranges.ReadCounters(bytes_read=100)
+    monkeypatch.setattr(ranges, "counters", lambda: read)
+    decoder = Decoder(stream_spec(start=1))
+    told = []
+    for number, more in enumerate((7, 0, 30)):
+        read = dataclasses.replace(read, bytes_read=read.bytes_read + more, requests=read.requests + 1)
+        before = time.time()
+        facts = BlockFacts.of(decoder.block(number))
+        assert before <= facts.ended <= time.time()
+        assert facts.start == 1
+        told.append((facts.reads.bytes_read, facts.reads.requests))
+    assert told == [(7, 1), (0, 1), (30, 1)]
+
+
+@dataclass(frozen=True)
+class Streamed(Source):
+    """Rows that come in runs; notes what happens when."""
+
+    events: list[str] = field(default_factory=list)
+
+    def stream(self, runs: Iterable[np.ndarray]) -> Iterator[pa.Table]:
+        runs = list(runs)
+        for number, run in enumerate(runs):
+            self.events.append(f"asked for {runs[number].tolist()}")
+            yield self.read(run)
+
+
+def test_bytes_are_waited_for_without_holding_the_turn():
+    """Of two tasks of a process one waits for storage while the other decodes."""
+    source = Streamed("train", PNGS, 4)
+    decoder = row_decoder(PNGS, source=source)
+    plain = rows_of(decoder, [0, 2])
+    source.events.clear()
+
+    class Turn(contextlib.nullcontext):
+        def __enter__(self) -> None:
+            source.events.append("turn")
+
+        def __exit__(self, *_: object) -> None:
+            source.events.append("turn over")
+
+    expected = ["asked for [0]", "turn", "turn over", "asked for [2]", "turn", "turn over"]
+    with pytest.MonkeyPatch.context() as patch, Journal("run", 0) as journal:
+        patch.setattr("cxr_dist.data.rows.RUN_PNG", 4)
+        parts = [Part(decoder=decoder, groups=np.array([0])), Part(decoder=decoder, groups=np.array([2]))]
+        assert decode_rows(parts, journal, Turn).equals(plain)
+        assert source.events == expected
+        source.events.clear()
+        assert decode_rows([Part(decoder=decoder, groups=np.array([0, 2]))], journal, Turn).equals(plain)
+        assert source.events == expected
+
+
+def test_a_source_with_too_many_rows_is_an_error():
+    with pytest.raises(RunError, match=r"row groups \[0\]: found more rows than the 4 expected"):
+        rows_of(row_decoder(PNGS, source=Source("train", PNGS, 8)), [0])
 
 
 def die_journalled(number: int, names: list[str]) -> None:
@@ -268,20 +332,25 @@ def isolated_poisoned(encoded: bytes, size: int) -> np.ndarray | str:
 
 def test_an_image_that_kills_the_process_is_found_at_the_second_attempt(journals):
     encoded = [data + POISON if row == 5 else data for row, data in enumerate(PNGS)]
-    decoder = Decoder(stream_spec(encoded), decode=poisoned, isolated=isolated_poisoned)
-    number = next(rank for rank in (0, 1) if decoder.spec.plan.step(0).of_rank(rank, 2).tolist() == [1])
+    plan = dataclasses.replace(stream_spec().plan, epochs=4)
+    spec = stream_spec(plan=plan, steps_per_task=4)
+    number = 4
+    assert [plan.step(index).of_rank(0, 2).tolist() for index in spec.task(number)[1]] == [[0], [1], [0], [1]]
+    decoder = Decoder(
+        dataclasses.replace(spec, train=Source("train", encoded, 4)), decode=poisoned, isolated=isolated_poisoned
+    )
     child = multiprocessing.get_context("fork").Process(target=decoder.block, args=(number,))
     child.start()
     child.join()
     assert child.exitcode == -signal.SIGKILL
-    block, clean = decoder.block(number), Decoder(stream_spec()).block(number)
+    block, clean = decoder.block(number), Decoder(spec).block(number)
     bad = [row for row, name in enumerate(block["image_id"].to_pylist()) if name == "train 5.png"]
-    assert bad == [1, 9]  # both epochs are in this task
+    assert bad == [5, 13]  # two epochs are in this task
     for row in bad:
         assert block["state"][row].as_py() == CORRUPT
         assert block["reason"][row].as_py() == "decoder killed by signal 11"
         assert (pixels_of(block)[row] == GREY).all()
-    others = [row for row in range(12) if row not in bad]
+    others = [row for row in range(16) if row not in bad]
     assert block.take(others).equals(clean.take(others))
     assert list(journals.iterdir()) == []
 
@@ -297,5 +366,5 @@ def test_isolated_decoding_names_what_went_wrong(monkeypatch):
     assert isolated("sys.exit(3)") == "decoder ended with 3"
     assert isolated("raise MemoryError('no room')") == "MemoryError: no room"
     assert isolated("sys.stdout.write('x')") == "decoder ended with 0"
-    monkeypatch.setattr("cxr_dist.data.rows.ISOLATED_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("cxr_dist.data.suspects.ISOLATED_TIMEOUT_S", 0.2)
     assert isolated("import time; time.sleep(60)") == "decoder hung for 0.2 s"

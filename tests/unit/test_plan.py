@@ -156,7 +156,7 @@ def test_kinds_alternate_and_a_resume_sees_the_rest(plan, data):
     start = data.draw(st.integers(0, plan.num_steps))
     spec = stream_spec(plan, world_size=1, start=start, steps_per_task=data.draw(st.integers(1, 7)))
     whole = [plan.step(index).groups.tolist() for index in range(plan.num_steps)]
-    rest = [index for number in range(spec.num_tasks) for index in spec.task(number)[1] if index < plan.num_steps]
+    rest = [index for number in range(spec.num_tasks) for index in spec.task(number)[1]]
     assert [plan.step(index).groups.tolist() for index in rest] == whole[start:]
 
 
@@ -186,19 +186,39 @@ def stream_spec(plan: Plan, *, world_size: int, start: int, steps_per_task: int)
 
 @unhurried
 @given(plans(), st.data())
-def test_tasks_go_run_by_run_and_rank_by_rank(plan, data):
+def test_tasks_go_round_by_round_and_rank_by_rank(plan, data):
     world_size = data.draw(st.sampled_from(allowed_world_sizes(plan.global_batch, plan.train.row_group)))
     steps_per_task = data.draw(st.integers(1, 9))
     start = data.draw(st.integers(0, plan.num_steps))
     spec = stream_spec(plan, world_size=world_size, start=start, steps_per_task=steps_per_task)
     tasks = [spec.task(number) for number in range(spec.num_tasks)]
-    assert len(tasks) % world_size == 0
-    assert [rank for rank, _ in tasks] == list(range(world_size)) * (len(tasks) // world_size)
-    assert {len(indices) for _, indices in tasks} <= {steps_per_task}
-    for rank in range(world_size):
-        steps = [index for of, indices in tasks if of == rank for index in indices]
-        assert steps == list(range(start, start + len(steps)))
-        assert 0 <= start + len(steps) - plan.num_steps < steps_per_task
+    rounds = [tasks[first : first + world_size] for first in range(0, len(tasks), world_size)]
+    assert all([rank for rank, _ in of_round] == list(range(world_size)) for of_round in rounds)
+    # the splitter deals in turn if the blocks of a round are of one size, and here they hold the same steps
+    assert all(len({indices for _, indices in of_round}) == 1 for of_round in rounds)
+    assert [index for of_round in rounds for index in of_round[0][1]] == list(range(start, plan.num_steps))
+    lengths = [len(of_round[0][1]) for of_round in rounds]
+    short = [length for length in (1, 2, 4, 8) if length < steps_per_task]
+    expected = short + [steps_per_task] * len(lengths)
+    assert lengths[:-1] == expected[: len(lengths[:-1])]
+    assert not lengths or 1 <= lengths[-1] <= expected[len(lengths) - 1]
+
+
+@pytest.mark.parametrize(("steps_per_task", "left", "lengths"), [
+    (1, 3, [1, 1, 1]),
+    (2, 6, [1, 2, 2, 1]),
+    (4, 11, [1, 2, 4, 4]),
+    (5, 20, [1, 2, 4, 5, 5, 3]),
+    (8, 3, [1, 2]),
+    (8, 7, [1, 2, 4]),
+    (8, 8, [1, 2, 4, 1]),
+    (8, 0, []),
+])  # fmt: skip
+def test_the_first_tasks_are_short_and_the_last_is_what_is_left(steps_per_task, left, lengths):
+    plan = make_plan(20, 2, row_group=2, global_batch=2, epochs=2)
+    assert plan.num_steps == 22
+    spec = stream_spec(plan, world_size=1, start=22 - left, steps_per_task=steps_per_task)
+    assert [len(spec.task(number)[1]) for number in range(spec.num_tasks)] == lengths
 
 
 @unhurried
