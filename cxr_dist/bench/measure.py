@@ -115,18 +115,37 @@ def object_store_bytes() -> int:
     return int(get_memory_info_reply(state).store_stats.object_store_bytes_used)
 
 
+@dataclass
+class _Cpu:
+    """CPU seconds of a process when it was last seen alive, and of its children that ended and were waited for."""
+
+    own_s: float = 0.0
+    waited_s: float = 0.0
+    parent: int = 0
+
+    def update(self, process: psutil.Process) -> bool:
+        """False if the process has ended."""
+        try:
+            times, self.parent = process.cpu_times(), process.ppid()
+        except psutil.Error:
+            return False
+        self.own_s = float(times.user + times.system)
+        self.waited_s = float(getattr(times, "children_user", 0) + getattr(times, "children_system", 0))
+        return True
+
+
 class Usage:
     """What this process and its descendants cost while the `with` block runs; processes it starts are found as they come.
 
     After the block: `wall_s`, `cpu_s`, `peak_rss_mb` (private memory of all together, sampled four times a second) and
-    `peak_object_store_mb` (if asked for). A process that both started and ended between two samples, and was
-    not waited for by its parent, is missed.
+    `peak_object_store_mb` (if asked for). Of a process that its parent does not wait for (Ray's workers) what it did
+    after the last sample before its end is missed.
     """
 
     def __init__(self, *, object_store: bool = False):
         self.wall_s = self.cpu_s = self.peak_rss_mb = self.peak_object_store_mb = 0.0
         self._object_store = object_store
-        self._seen: dict[int, psutil.Process] = {}
+        self._seen: dict[psutil.Process, _Cpu] = {}
         self._own_cpu_s = 0.0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="usage", daemon=True)
@@ -149,14 +168,19 @@ class Usage:
 
     def _cpu(self) -> float:
         # all that were ever seen: one that outlived its parent is no longer among the descendants
-        return sum(_cpu_s(process) for process in self._seen.values())
+        ended: dict[int, float] = {}
+        for process, cpu in self._seen.items():
+            if not cpu.update(process):
+                ended[cpu.parent] = ended.get(cpu.parent, 0.0) + cpu.own_s + cpu.waited_s
+        # a parent that waits for its children counts them too, and what they did after the last sample
+        waited = (max(0.0, cpu.waited_s - ended.get(process.pid, 0.0)) for process, cpu in self._seen.items())
+        return sum(cpu.own_s for cpu in self._seen.values()) + sum(waited)
 
     def _sample(self) -> None:
         for process in _tree(None):
-            known = self._seen.get(process.pid)
-            if known is None or known != process:
-                self._seen[process.pid] = process
-        self.peak_rss_mb = max(self.peak_rss_mb, sum(map(_private_bytes, self._seen.values())) / 1e6)
+            self._seen.setdefault(process, _Cpu())
+        self._cpu()
+        self.peak_rss_mb = max(self.peak_rss_mb, sum(map(_private_bytes, self._seen)) / 1e6)
         if self._object_store:
             self.peak_object_store_mb = max(self.peak_object_store_mb, object_store_bytes() / 1e6)
 

@@ -18,6 +18,7 @@ from cxr_dist import storage
 from cxr_dist.data import images
 from cxr_dist.data.archives import encode
 from cxr_dist.data.nih import LABELS_SCHEMA
+from cxr_dist.data.pages import WRITE_OPTIONS
 from cxr_dist.errors import DataError
 
 READ_BATCH = 64
@@ -85,17 +86,7 @@ def build_shard(spec: ShardSpec, path: str, rows: pa.Table, sources: pa.Table) -
     table = rows.select(LABELS_SCHEMA.names).cast(LABELS_SCHEMA).append_column("image", image_column).combine_chunks()
     sink = pa.BufferOutputStream()
     footers: list[pq.FileMetaData] = []
-    pq.write_table(
-        table,
-        sink,
-        row_group_size=spec.row_group,
-        compression="none",
-        use_dictionary=False,
-        write_statistics=False,
-        write_page_checksum=True,
-        store_schema=True,
-        metadata_collector=footers,
-    )
+    pq.write_table(table, sink, row_group_size=spec.row_group, metadata_collector=footers, **WRITE_OPTIONS)
     data = sink.getvalue()
     groups = [footers[0].row_group(number) for number in range(footers[0].num_row_groups)]
     columns = [[group.column(number) for number in range(group.num_columns)] for group in groups]

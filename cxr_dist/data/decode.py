@@ -6,7 +6,6 @@ the last one is as long as what is left.
 """
 
 import dataclasses
-import functools
 import itertools
 import json
 import threading
@@ -125,7 +124,7 @@ class Decoder:
             )
             for (kind, view), source in {**sources, ("validation", 0): spec.validation}.items()
         }
-        # two tasks at once hide the waits of either for bytes, but would share the one core they were given
+        # of two tasks at once one waits for its first bytes; decoding both by turns would only finish both late
         self.turns = Turns()
         self.telling = threading.Lock()
         self.told = ranges.counters()
@@ -133,8 +132,8 @@ class Decoder:
     def block(self, number: int) -> pa.Table:
         """The block of one task: a rank's run of consecutive steps."""
         rank, indices = self.spec.task(number)
-        with Journal(self.spec.token, number) as journal:
-            block = decode_rows(self._parts(rank, indices), journal, functools.partial(self.turns.turn, number))
+        with Journal(self.spec.token, number) as journal, self.turns.task(number) as turn:
+            block = decode_rows(self._parts(rank, indices), journal, turn)
         share = len(block) // len(indices)
         block = block.append_column("index", pa.array(np.repeat(np.arange(indices.start, indices.stop), share)))
         block = block.append_column("rank", pa.array(np.full(len(block), rank, dtype=np.int32)))

@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cxr_dist import storage
+from cxr_dist.config import DataConfig
 from cxr_dist.data.manifest import ROW_GROUPS_SCHEMA
 from cxr_dist.data.nih import FINDINGS
 from cxr_dist.data.pages import WRITE_OPTIONS
@@ -116,8 +117,8 @@ class FeatureSet:
     def groups_per_shard(self) -> int:
         return groups_per_shard(self.row_group)
 
-    def reader(self) -> ShardReader:
-        """Row groups of the set, as the stream reads them."""
+    def reader(self, config: DataConfig | None = None) -> ShardReader:
+        """Row groups of the set, as the stream reads them; `config` says how."""
         places = [
             (shard.path, number, min(self.row_group, shard.rows - number * self.row_group), offset, length)
             for shard in self.shards
@@ -130,7 +131,9 @@ class FeatureSet:
             pa.Table.from_pylist([dict(zip(names, place, strict=True)) for place in places], ROW_GROUPS_SCHEMA),
             schema=shard_schema(self.row_bytes),
             columns=tuple(shard_schema(self.row_bytes).names),
+            missing="expected a shard of features; delete its folder, they are then made again",
             mend="the file was changed or cut, delete its folder; the features are then made again",
+            config=config,
         )
 
     @property

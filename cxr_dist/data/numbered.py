@@ -22,7 +22,7 @@ from ray.data._internal.stats import DatasetStats
 from ray.data.block import BlockAccessor
 from ray.util.annotations import RayDeprecationWarning
 
-__all__ = ["numbered_blocks"]
+__all__ = ["Maker", "numbered_blocks"]
 
 CALLS_PER_ACTOR = 2
 """Tasks at once in an actor: one waits for its first bytes while the other decodes."""

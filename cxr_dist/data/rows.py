@@ -142,21 +142,23 @@ class Part:
     view: int = 0
 
 
-def decode_rows(
-    parts: Sequence[Part], journal: Journal, turn: Callable[[], AbstractContextManager[Any]] = nullcontext
-) -> pa.Table:
+def decode_rows(parts: Sequence[Part], journal: Journal, turn: AbstractContextManager[Any] | None = None) -> pa.Table:
     """The rows of the parts (`row_schema`), padded where a row group is empty or not full.
 
-    The bytes of what comes next are in flight while something is decoded; `turn()` is held while decoding, and given up
-    while waiting for bytes.
+    The bytes of what comes next are in flight while something is decoded. `turn` is held from the first bytes on.
     """
     rows = [part.decoder.split.rows(part.groups) for part in parts]
-    out = _Rows(np.concatenate(rows), parts[0].decoder)
     starts = itertools.accumulate(map(len, rows[:-1]), initial=0)
-    for start, part in zip(starts, parts, strict=True):
-        for at, table in _stored(part.decoder, part.groups):
-            with turn():
-                out.fill(start + at, table, part, journal)
+    stored = (
+        (start + at, part, table)
+        for start, part in zip(starts, parts, strict=True)
+        for at, table in _stored(part.decoder, part.groups)
+    )
+    first = list(itertools.islice(stored, 1))
+    out = _Rows(np.concatenate(rows), parts[0].decoder)
+    with turn or nullcontext():
+        for at, part, table in itertools.chain(first, stored):
+            out.fill(at, table, part, journal)
     return out.table()
 
 

@@ -80,12 +80,13 @@ class ShardReader:
         *,
         schema: pa.Schema,
         columns: tuple[str, ...] = COLUMNS,
+        missing: str = "expected a shard; ingest again",
         mend: str = _MEND_SHARD,
         config: DataConfig | None = None,
     ) -> "ShardReader":
         """The reader of any shards under `root`; `row_groups` says where each lies: path, rows, offset, bytes.
 
-        `mend` is what a person does about a missing or changed shard, `{uri}` in it.
+        `missing` and `mend` are what a person is told of a lost and of a changed shard, `{uri}` in them.
         """
         at = {shard.path: index for index, shard in enumerate(shards)}
         ranges = ByteRanges(
@@ -98,7 +99,7 @@ class ShardReader:
             ),
             offset=row_groups["offset"].to_numpy().copy(),
             length=row_groups["bytes"].to_numpy().copy(),
-            expected="a shard",
+            missing=missing,
             mend=mend,
             **_reading(config),
         )
@@ -163,7 +164,7 @@ class FileReader:
             file_index=np.arange(table.num_rows, dtype=np.int32),
             offset=np.zeros(table.num_rows, np.int64),
             length=table["bytes"].to_numpy().copy(),
-            expected="an image",
+            missing=f"expected an image; {_MEND_IN_PLACE}",
             mend=_MEND_IN_PLACE,
             **_reading(config),
         )

@@ -10,6 +10,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import ray
 
 from cxr_dist.data.decode import BlockFacts, Decoder, StreamSpec
 from cxr_dist.data.images import to_grey, to_grey_many
+from cxr_dist.data.numbered import numbered_blocks
 from cxr_dist.data.plan import Plan, Split
 from cxr_dist.data.ranges import ReadCounters
 from cxr_dist.data.rows import GREY
@@ -242,6 +244,19 @@ def test_a_task_that_always_dies_ends_the_stream(consumers, tmp_path):
     with pytest.raises(ray.exceptions.RayError):
         consume(consumers, spec_of(), decoder=dying(tmp_path, times=6, task=3), retries=1)
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_task_that_waits_weighs_nothing(consumers):
+    """The whole run is one execution, so tasks must cost nothing before their turn: a few bytes of a list each."""
+    few, many = (
+        len(
+            ray.cloudpickle.dumps(
+                numbered_blocks(count, partial(Decoder, spec_of()), num_actors=2, retries=0, store_bytes=1)
+            )
+        )
+        for count in (10, 20_010)
+    )
+    assert many - few < 8 * 20_000
 
 
 def segfault_if_poisoned(encoded: list[bytes], size: int) -> np.ndarray:

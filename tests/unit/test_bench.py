@@ -150,6 +150,25 @@ def test_cpu_time_of_children_is_counted_whether_they_ended_or_not():
     assert usage.cpu_s >= 0.7  # both, less a hundredth of a second for each of the kernel's roundings
 
 
+@pytest.mark.parametrize("waits", [True, False])
+def test_cpu_time_of_a_childs_child_is_counted_once(waits):
+    """Ray's workers are children of a process that does not wait for them, so nobody but a sample knows their time."""
+    parent = (
+        "import signal, subprocess, sys\n"
+        f"if not {waits}: signal.signal(signal.SIGCHLD, signal.SIG_IGN)\n"
+        f"child = subprocess.Popen([sys.executable, '-c', {BURN!r}.replace('0.4', '1.5')], stdout=subprocess.PIPE)\n"
+        "child.stdout.read()\n"
+        f"if {waits}: child.wait()\n"
+        "print(flush=True); input()"
+    )
+    with Usage() as usage:
+        child = subprocess.Popen([sys.executable, "-c", parent], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert child.stdout is not None
+        child.stdout.readline()
+    child.communicate(b"\n")
+    assert (1.45 if waits else 0.7) <= usage.cpu_s <= 2.3
+
+
 def test_peak_memory_is_the_private_memory_of_the_tree():
     program = "x = bytearray(200_000_000); x[::4096] = b'1' * len(x[::4096]); print(flush=True); input()"
     with Usage() as before:

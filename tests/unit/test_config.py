@@ -43,6 +43,13 @@ def test_every_field_is_followed_by_its_meaning() -> None:
         ("data", {"max_corrupt": 1.5}, "data.max_corrupt: found 1.5, expected 0 to 1"),
         ("data", {"decode_workers": -1}, "data.decode_workers: found -1, expected 0 or more processes"),
         ("data", {"task_images": -1}, "data.task_images: found -1, expected 0 or more images"),
+        (
+            "data",
+            {"cache_dir": "s3://b/c"},
+            "data.cache_dir: found 's3://b/c', expected a folder on the nodes' own disks",
+        ),
+        ("data", {"cache_gb": 0}, "data.cache_gb: found 0, expected a positive number of GB"),
+        ("data", {"read_timeout_s": 0}, "data.read_timeout_s: found 0, expected 1 or more seconds"),
         ("model", {"weights": ""}, "model.weights: found '', expected imagenet, random, or the URI of a state dict"),
         ("model", {"lse_r": 0.0}, "model.lse_r: found 0.0, expected a positive number"),
         ("model", {"bn_group": 1}, "model.bn_group: found 1, expected 2 or more images"),

@@ -36,7 +36,7 @@ def byte_ranges(folder, pieces=PIECES, **changes) -> tuple[ByteRanges, list[byte
         file_index=file.astype(np.int32),
         offset=offset,
         length=length,
-        expected="a file",
+        missing="expected a file; put {uri} back",
         mend="put {uri} back",
     )
     return dataclasses.replace(made, **changes), [files[f][o : o + n] for f, o, n in pieces]
@@ -89,7 +89,7 @@ NOWHERE = ByteRanges(
     file_index=np.zeros(0, np.int32),
     offset=np.zeros(0, np.int64),
     length=np.zeros(0, np.int64),
-    expected="",
+    missing="",
     mend="",
 )
 

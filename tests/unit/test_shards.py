@@ -115,10 +115,10 @@ def test_any_shards_of_this_layout_can_be_read(tmp_path):
     names = ROW_GROUPS_SCHEMA.names
     table = pa.Table.from_pylist([dict(zip(names, place, strict=True)) for place in places], ROW_GROUPS_SCHEMA)
     reader = ShardReader.of_shards(
-        str(tmp_path), shards, table, schema=schema, columns=("data", "reason"), mend="make {uri} again"
+        str(tmp_path), shards, table, schema=schema, columns=("data", "reason"), missing="make {uri} again"
     )
     expected = pa.concat_tables([tables[1].slice(4), tables[0].slice(0, 2)]).select(["data", "reason"])
     assert reader.read([5, 0]).equals(expected)
     (tmp_path / "1.parquet").unlink()
-    with pytest.raises(DataError, match=r"1\.parquet: found no file, expected a shard; make .*1\.parquet again"):
+    with pytest.raises(DataError, match=r"1\.parquet: found no file, make .*1\.parquet again"):
         reader.read([5])
