@@ -25,6 +25,7 @@ from cxr_dist.data.images import to_grey, to_grey_many
 from cxr_dist.data.manifest import Manifest
 from cxr_dist.data.plan import Plan, Split
 from cxr_dist.data.shards import ShardReader
+from cxr_dist.errors import RunError
 
 __all__ = ["Peer", "PeerRun", "measured", "written"]
 
@@ -89,12 +90,14 @@ def mosaicml(task: Task) -> Iterable[Any]:
     """mosaicml-streaming: MDS shards, sampled over shards, batches made by the DataLoader."""
     import torch
     from streaming import StreamingDataset
+    from streaming.base.util import clean_stale_shared_memory
     from torch.utils.data import DataLoader
 
     class Images(StreamingDataset):
         def __getitem__(self, at: Any) -> Any:
             return torch.from_numpy(to_grey(super().__getitem__(at)["image"], task.size))
 
+    clean_stale_shared_memory()  # what a pass that was cut off left behind gave wrong bytes to the next
     images = Images(remote=task.uri, local=task.cache, shuffle=True, batch_size=BATCH)
     return DataLoader(images, batch_size=BATCH, num_workers=task.workers, prefetch_factor=4)
 
@@ -223,12 +226,15 @@ def measured(options: BenchOptions, peer: Peer, uri: str) -> tuple[PeerRun, Usag
         theirs.close()
         try:
             found: PeerRun = ours.recv()
+        except EOFError:
+            raise RunError(f"{peer.name}: found no result, expected a pass over {uri}; its error is above") from None
         finally:
             process.join()
     return found, usage
 
 
 def _pass(peer: Peer, task: Task, pipe: Any) -> None:
+    multiprocessing.set_start_method("fork", force=True)  # as each of them starts its workers on Linux
     os.environ["S3_ENDPOINT_URL"] = os.environ.get("AWS_ENDPOINT_URL", "")  # mosaicml-streaming's name for it
     began, times, counts = time.time(), [], []
     for batch in peer.batches(task):

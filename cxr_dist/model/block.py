@@ -8,13 +8,13 @@ rounding; running statistics are kept by each norm as before.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from cxr_dist.model.batchnorm import GroupBatchNorm2d, groups_apart, groups_together
+from cxr_dist.model.batchnorm import GroupBatchNorm2d, Normalized, normalize, normalize_backward
 
 __all__ = ["Layer", "train_block"]
 
@@ -48,15 +48,6 @@ def train_block(layers: Sequence[Layer], features_BCHW: Tensor) -> Tensor:
         layer.norm1.keep(*wide_2GC[:, :, : layer.norm1.num_features])
         layer.norm2.keep(*narrow)
     return output
-
-
-class Normalized(NamedTuple):
-    """What the backward of a batch-norm over groups needs."""
-
-    wide: Tensor
-    """Its input, groups side by side."""
-    mean: Tensor
-    inverse_std: Tensor
 
 
 NUM_PARAMETERS = 6
@@ -153,52 +144,9 @@ def by_channel(values_C: Tensor) -> Tensor:
     return values_C.view(1, -1, 1, 1)
 
 
-def normalize(
-    batch_BCHW: Tensor, group: int, eps: float, scale_C: Tensor | None = None, shift_C: Tensor | None = None
-) -> tuple[Tensor, Normalized, Tensor]:
-    """A batch normalised group by group, what the backward needs, and the statistics [2, G, C]."""
-    wide = groups_apart(batch_BCHW, group)
-    num_groups = len(batch_BCHW) // group
-    # in single precision for 16-bit activations; momentum 1 leaves each group's own mean and unbiased variance here
-    kept = torch.float64 if wide.dtype == torch.float64 else torch.float32
-    mean, var = torch.zeros(2, wide.shape[1], dtype=kept, device=wide.device).unbind()
-    scale, shift = over_groups(scale_C, num_groups), over_groups(shift_C, num_groups)
-    output, own_mean, inverse_std = torch.ops.aten.native_batch_norm(wide, scale, shift, mean, var, True, 1.0, eps)
-    statistics = torch.stack([mean, var]).view(2, num_groups, -1)
-    return groups_together(output, num_groups), Normalized(wide, own_mean, inverse_std), statistics
-
-
-def normalize_backward(
-    grad_BCHW: Tensor, saved: Normalized, group: int, eps: float, scale_C: Tensor | None = None
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Gradients of the batch, and of scale and shift if there is a scale."""
-    num_groups = len(grad_BCHW) // group
-    affine = scale_C is not None
-    grad, grad_scale, grad_shift = torch.ops.aten.native_batch_norm_backward(
-        groups_apart(grad_BCHW, group).contiguous(memory_format=torch.channels_last),
-        saved.wide,
-        over_groups(scale_C, num_groups),
-        None,
-        None,
-        saved.mean,
-        saved.inverse_std,
-        True,
-        eps,
-        [True, affine, affine],
-    )
-    if affine:
-        grad_scale, grad_shift = grad_scale.view(num_groups, -1).sum(0), grad_shift.view(num_groups, -1).sum(0)
-    return groups_together(grad, num_groups), grad_scale, grad_shift
-
-
 def where_positive(grad_BCHW: Tensor, rectified_BCHW: Tensor) -> None:
     """The backward of a ReLU, in place."""
     torch.ops.aten.threshold_backward.grad_input(grad_BCHW, rectified_BCHW, 0, grad_input=grad_BCHW)
-
-
-def over_groups(values_C: Tensor | None, num_groups: int) -> Tensor | None:
-    """A channel's value for each group of `groups_apart`."""
-    return None if values_C is None else values_C.expand(num_groups, -1).reshape(-1)
 
 
 def convolve(batch_BCHW: Tensor, kernel: Tensor) -> Tensor:

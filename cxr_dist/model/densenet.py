@@ -47,7 +47,7 @@ class DenseBlock(nn.Module):
     """Layers that each see the block's input and what every layer before them added; all of it is the output."""
 
     as_one = True
-    """Train on group statistics as one operation (`model.block`), which is faster; else layer by layer."""
+    """Train on group statistics as one operation (`model.block`) where that is faster; else layer by layer."""
 
     def __init__(self, channels: int, num_layers: int):
         super().__init__()
@@ -56,7 +56,9 @@ class DenseBlock(nn.Module):
 
     def forward(self, features_BCHW: Tensor) -> Tensor:
         layers = list(self.children())
-        if self.as_one and self.training and isinstance(layers[0].norm1, GroupBatchNorm2d):
+        # a CPU's elementwise kernels are slower in 16 bits than its batch-norm: no gain there
+        slower = features_BCHW.device.type == "cpu" and torch.is_autocast_enabled("cpu")
+        if self.as_one and self.training and isinstance(layers[0].norm1, GroupBatchNorm2d) and not slower:
             return train_block(layers, features_BCHW)
         parts = [features_BCHW]
         for layer in layers:

@@ -60,7 +60,9 @@ class TrainJob:
         views: tuple[RowSource, ...] = ()
         if self.features:
             validation = self.features["validation", 0].reader(self.config.data)
-            readers = [self.features["train", view].reader(self.config.data) for view in training_views(self.config.train)]
+            readers = [
+                self.features["train", view].reader(self.config.data) for view in training_views(self.config.train)
+            ]
             train, views = readers[0], tuple(readers) if self.config.train.augment else ()
         encoding = "features" if self.features else self.encoding
         feature_bytes = self.features["validation", 0].row_bytes if self.features else 0

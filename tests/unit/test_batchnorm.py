@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from cxr_dist.model import batchnorm
 from cxr_dist.model.batchnorm import (
     FixedBatchNorm2d,
     GroupBatchNorm2d,
@@ -85,6 +86,13 @@ def test_running_statistics_by_hand() -> None:
     torch.testing.assert_close(var, torch.full((CHANNELS,), 0.9 + 0.1 * 5 / 3))
 
 
+@pytest.fixture(params=["cpu", "gpu"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups one after the other, as on a CPU, and side by side, as on a GPU."""
+    monkeypatch.setattr(batchnorm, "all_at_once", lambda batch: request.param == "gpu")
+
+
+@pytest.mark.usefixtures("way")
 def test_two_groups_are_two_batches_and_move_by_their_mean() -> None:
     norm, batch = grouped(), images(2 * GROUP)
     before = [value.clone() for value in moved(norm)]
@@ -101,6 +109,7 @@ def test_two_groups_are_two_batches_and_move_by_their_mean() -> None:
     assert norm.num_batches_tracked == 1
 
 
+@pytest.mark.usefixtures("way")
 def test_gradients_of_two_groups_are_those_of_two_batches() -> None:
     norm, batch = grouped(), images(2 * GROUP).requires_grad_()
     weight = images(2 * GROUP, seed=1)

@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from cxr_dist.model import batchnorm, densenet
 from cxr_dist.model.batchnorm import group_norms, update_running_statistics, use_group_statistics
+from cxr_dist.model.block import train_block
 from cxr_dist.model.densenet import DenseBlock
 
 CHANNELS, LAYERS, GROUP = 24, 3, 4
@@ -31,7 +33,8 @@ def outcome(found: DenseBlock, features: Tensor, *, plain: bool, mixed: bool = F
     """Output, gradients and moved running statistics after one step of a random loss."""
     found.as_one = not plain
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=mixed):
-        output = found(features)
+        # asked for directly: a CPU in mixed precision goes layer by layer by itself
+        output = found(features) if plain else train_block(list(found.children()), features)  # type: ignore[arg-type]
     weight = torch.randn(output.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     (output * weight.to(output.dtype)).sum().backward()
     update_running_statistics(group_norms(found))
@@ -43,10 +46,11 @@ def outcome(found: DenseBlock, features: Tensor, *, plain: bool, mixed: bool = F
 
 @pytest.mark.parametrize("num_groups", [1, 3])
 @pytest.mark.parametrize("wanted", [False, True])
-def test_one_operation_is_its_layers(num_groups: int, wanted: bool) -> None:
-    found, expected = (
-        outcome(block(), batch(num_groups * GROUP).requires_grad_(wanted), plain=plain) for plain in (False, True)
-    )
+@pytest.mark.parametrize("way", ["cpu", "gpu"])
+def test_one_operation_is_its_layers(monkeypatch: pytest.MonkeyPatch, num_groups: int, wanted: bool, way: str) -> None:
+    expected = outcome(block(), batch(num_groups * GROUP).requires_grad_(wanted), plain=True)
+    monkeypatch.setattr(batchnorm, "all_at_once", lambda batch: way == "gpu")
+    found = outcome(block(), batch(num_groups * GROUP).requires_grad_(wanted), plain=False)
     assert found.keys() == expected.keys()
     assert ("features" in found) == wanted
     for name, value in expected.items():
@@ -67,6 +71,17 @@ def test_mixed_precision_is_as_near_to_the_truth_as_the_layers_are() -> None:
         error, usual = ((result[name] - exact[name]).norm() for result in (found, layers))
         # the block's input is rounded to 16 bits before its statistics are taken
         assert error < 2 * usual + 2**-8 * exact[name].norm(), name
+
+
+@pytest.mark.parametrize(("mixed", "as_one"), [(False, True), (True, False)])
+def test_a_cpu_trains_as_one_operation_in_full_precision_only(
+    monkeypatch: pytest.MonkeyPatch, mixed: bool, as_one: bool
+) -> None:
+    calls = []
+    monkeypatch.setattr(densenet, "train_block", lambda layers, features: calls.append(1) or features)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=mixed):
+        block(torch.float32)(batch(GROUP, torch.float32))
+    assert bool(calls) == as_one
 
 
 def test_frozen_parameters_get_no_gradient() -> None:
