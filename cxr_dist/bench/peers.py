@@ -90,15 +90,15 @@ def mosaicml(task: Task) -> Iterable[Any]:
     """mosaicml-streaming: MDS shards, sampled over shards, batches made by the DataLoader."""
     import torch
     from streaming import StreamingDataset
-    from streaming.base.util import clean_stale_shared_memory
     from torch.utils.data import DataLoader
 
     class Images(StreamingDataset):
         def __getitem__(self, at: Any) -> Any:
             return torch.from_numpy(to_grey(super().__getitem__(at)["image"], task.size))
 
-    clean_stale_shared_memory()  # what a pass that was cut off left behind gave wrong bytes to the next
     images = Images(remote=task.uri, local=task.cache, shuffle=True, batch_size=BATCH)
+    for stream in images.streams:
+        stream._downloader.clean_up()  # workers that inherit its open connection get one another's bytes
     return DataLoader(images, batch_size=BATCH, num_workers=task.workers, prefetch_factor=4)
 
 
