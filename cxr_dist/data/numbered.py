@@ -4,9 +4,10 @@ A run has tens of thousands of tasks, and nothing about a task but its number. `
 object store for each (0.8 ms and 40 kB a task: 16 s and 0.8 GB for 20,000); here all tasks share one empty input block,
 and an actor learns the number from Ray Data itself, which counts an operator's tasks in the order of their inputs and
 gives an attempt the number of the first. 20,000 tasks weigh less than a megabyte. This module holds all that the stream
-needs of Ray's private API (2.60): the constructor of a dataset from blocks, and the number of a task.
+needs of Ray's private API (2.60): the constructor of a dataset from blocks, the number of a task, and the turns of the loop.
 """
 
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
@@ -14,8 +15,10 @@ from typing import Any, Protocol
 import pyarrow as pa
 import ray
 from ray.data import ActorPoolStrategy, DataContext, Dataset, ExecutionOptions, ExecutionResources
+from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.data._internal.execution.interfaces import BlockEntry, RefBundle
 from ray.data._internal.execution.interfaces.task_context import TaskContext
+from ray.data._internal.execution.streaming_executor import StreamingExecutor
 from ray.data._internal.logical.interfaces import LogicalPlan
 from ray.data._internal.logical.operators import InputData
 from ray.data._internal.stats import DatasetStats
@@ -30,6 +33,9 @@ CALLS_PER_ACTOR = 2
 TASKS_PER_ACTOR = 2
 """Tasks given to an actor before it has done one: more would keep the first blocks waiting for one another at the start,
 and Ray Data's loop, which turns ten times a second, brings the next while one of two is still under way."""
+
+PAUSE_S = 0.05
+"""Rest of the loop after a turn in which it neither waited nor did anything."""
 
 
 class Maker(Protocol):
@@ -46,6 +52,26 @@ class _Worker:
 
     def __call__(self, _: Any) -> Iterator[pa.Table]:
         yield self.maker.block(TaskContext.get_current().task_idx)
+
+
+class Rest(ExecutionCallback):
+    """Lets Ray Data's loop rest while nothing is to be done.
+
+    The loop waits 0.1 s for its tasks unless all of them are ready. Where slow consumers hold the finished ones back, all
+    are: it would turn without a pause, half a core of the node for as long as the trainer is slower than the decoders.
+    """
+
+    def __init__(self) -> None:
+        self.ended, self.done = time.monotonic(), 0
+
+    def on_execution_step(self, executor: StreamingExecutor) -> None:
+        done = sum(
+            op.metrics.num_tasks_submitted + op.metrics.num_task_outputs_generated + op.metrics.num_outputs_taken
+            for op in executor._topology
+        )
+        if done == self.done and time.monotonic() - self.ended < PAUSE_S:
+            time.sleep(PAUSE_S)
+        self.ended, self.done = time.monotonic(), done
 
 
 def numbered_blocks(
@@ -66,6 +92,7 @@ def numbered_blocks(
     context.enable_progress_bars = False
     context.target_max_block_size = None  # a task's output stays one block, however large
     context.memory_usage_poll_interval_s = None  # Ray would read each actor's memory map every second
+    context.custom_execution_callback_classes = [*context.custom_execution_callback_classes, Rest]
     context.execution_options = ExecutionOptions(
         preserve_order=True,
         # Ray's own limit is half of the object stores: gigabytes of blocks ahead of a slow consumer

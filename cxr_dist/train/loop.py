@@ -31,7 +31,7 @@ from cxr_dist.train.checkpoint import Checkpoints
 from cxr_dist.train.distributed import Ranks, parallel
 from cxr_dist.train.feed import resident_feed
 from cxr_dist.train.job import TrainJob
-from cxr_dist.train.monitor import Monitor
+from cxr_dist.train.monitor import Monitor, Spent
 from cxr_dist.train.optimize import Schedule, make_optimizer
 from cxr_dist.train.progress import Progress
 from cxr_dist.train.validation import Validation
@@ -231,7 +231,7 @@ class Trainer:
             losses,
             lr=self.optimizer.param_groups[0]["lr"],
             wait_s=self.feed.wait_s,
-            own_s=self.ranks.gather(self.own_s + self.feed.wait_s),
+            spent=self.ranks.gather(Spent.by(self.feed, self.own_s)),
         )
 
     def check_corrupt(self) -> None:

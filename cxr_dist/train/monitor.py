@@ -6,7 +6,7 @@ import tempfile
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from cxr_dist.data.plan import Step
 from cxr_dist.data.resident import ResidentFeed
@@ -17,11 +17,28 @@ from cxr_dist.train.job import TrainJob
 from cxr_dist.train.progress import Progress
 from cxr_dist.train.validation import Validation
 
-__all__ = ["Monitor"]
+__all__ = ["Monitor", "Spent"]
 
 log = logging.getLogger(__name__)
 
 MIB = 2**20
+
+
+class Spent(NamedTuple):
+    """What a rank has spent on the run's steps so far."""
+
+    own_s: float
+    """Up to the first backward of every step, waiting for data included: what it does before it meets the others."""
+    head_of_line_s: float
+    """Of waiting for data, while the awaited block or the one after it was already decoded."""
+    bytes_read: int
+    """From storage, for the blocks that it received."""
+
+    @classmethod
+    def by(cls, feed: Stream | ResidentFeed, own_s: float) -> "Spent":
+        if isinstance(feed, ResidentFeed):
+            return cls(own_s + feed.wait_s, 0.0, 0)
+        return cls(own_s + feed.wait_s, feed.head_of_line_s, feed.reads.bytes_read)
 
 
 class Monitor:
@@ -57,13 +74,12 @@ class Monitor:
         self.first_index = index
         self.began = self.logged = self.epoch_began = time.perf_counter()
 
-    def log_steps(self, step: Step, losses: list[float], *, lr: float, wait_s: float, own_s: list[float]) -> None:
-        """Once in a while: loss, speed, waiting for data and for other ranks since the last time.
-
-        `own_s` are the seconds so far that each rank spent before it met the others: the slowest holds up the rest.
-        """
+    def log_steps(self, step: Step, losses: list[float], *, lr: float, wait_s: float, spent: list[Spent]) -> None:
+        """Once in a while: loss, speed, waiting for data and for other ranks (of which the slowest holds up the rest)
+        since the last time; what order cost and what was read since the start."""
         now = time.perf_counter()
         elapsed, waited = max(now - self.logged, 1e-9), wait_s - self.logged_wait_s
+        own_s = [rank.own_s for rank in spent]
         own = [new - old for new, old in zip(own_s, self.logged_own_s or [0.0] * len(own_s), strict=True)]
         self.logged, self.logged_wait_s, self.logged_own_s = now, wait_s, own_s
         if self.ranks.rank != 0 or not losses:
@@ -91,6 +107,8 @@ class Monitor:
                 "train/images_per_s": images_per_s,
                 "train/data_wait_fraction": waited / elapsed,
                 "train/rank_skew_fraction": (max(own) - min(own)) / elapsed,
+                "train/head_of_line_s": max(rank.head_of_line_s for rank in spent),
+                "train/read_mb": sum(rank.bytes_read for rank in spent) / MIB,
                 "train/images_seen": self._steps_done(step) * plan.global_batch,
             },
             step,
@@ -124,14 +142,17 @@ class Monitor:
         """Speed, waiting and memory over all ranks; a collective call."""
         elapsed = max(time.perf_counter() - self.began, 1e-9)
         peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / MIB
-        seen = self.ranks.gather((stream.delivered, stream.wait_s / elapsed, peak_mb))
+        mine = (stream.delivered, stream.wait_s / elapsed, peak_mb, Spent.by(stream, own_s=0.0))
+        delivered, waited, peaks, spent = zip(*self.ranks.gather(mine), strict=True)
         return {
-            "images_per_s": round(sum(images for images, _, _ in seen) / elapsed, 2),
+            "images_per_s": round(sum(delivered) / elapsed, 2),
             "images_per_epoch": self.job.plan.train_steps * self.job.plan.global_batch
             + self.job.plan.validation.num_rows,
             "epoch_s": [round(seconds, 3) for seconds in self.epoch_s],
-            "data_wait_fraction": round(max(waited for _, waited, _ in seen), 4),
-            "peak_rss_mb": round(max(peak for _, _, peak in seen), 1),
+            "data_wait_fraction": round(max(waited), 4),
+            "head_of_line_s": round(max(rank.head_of_line_s for rank in spent), 3),
+            "read_mb": round(sum(rank.bytes_read for rank in spent) / MIB, 2),
+            "peak_rss_mb": round(max(peaks), 1),
         }
 
     def _steps_done(self, step: Step) -> int:
