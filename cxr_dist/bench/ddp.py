@@ -1,7 +1,8 @@
-"""Two ranks beside one: steps of the tail from features in memory, one thread and 16 images each, gradients by gloo.
+"""Ranks beside one: steps of the tail from features in memory, one thread each, gradients by gloo.
 
-One process computes alone, then as many as there are cores compute together, turn by turn; the best of each counts.
-What is measured is the step of the training loop: DDP over the tail, Adam, group batch-norm with its all-reduce.
+One process computes alone, then as many as there are cores, first each for itself (what the machine allows them), then
+as ranks of one group; turn by turn, and the best of each counts. What is measured is the step of the training loop: DDP
+over the tail, Adam, group batch-norm with its all-reduce. Gradients cost the same however many images a step has.
 """
 
 import multiprocessing
@@ -18,7 +19,8 @@ from cxr_dist.bench.report import Row
 __all__ = ["run"]
 
 STAGE = "epoch"
-SHARE = 16
+SHARES = (16, 64)
+"""Images of a rank in a step."""
 STEPS = 12
 FINDINGS = 14
 
@@ -28,32 +30,37 @@ def run(options: BenchOptions) -> list[Row]:
     world = options.cpus
     if world < 2:
         return []
-    best = {1: float("inf"), world: float("inf")}
+    best: dict[tuple[int, int, bool], float] = {}
     with scratch(options, "ddp") as folder:
         pipes, processes = zip(*(_start() for _ in range(world)), strict=True)
         try:
-            megabytes = 0.0
             for turn in range(options.repeats):
-                for size in best:
-                    found = _together(pipes[:size], folder / f"{turn}-{size}")
-                    best[size] = min(best[size], max(seconds for seconds, _ in found))
-                    megabytes = found[0][1]
+                for share in SHARES:
+                    for size, joined in ((1, False), (world, False), (world, True)):
+                        store = folder / f"{turn}-{share}" if joined else None
+                        found = _together(pipes[:size], share, store)
+                        key = share, size, joined
+                        best[key] = min(best.get(key, float("inf")), max(seconds for seconds, _ in found))
+                        megabytes = found[0][1]
         finally:
             for process in processes:
                 process.terminate()
                 process.join()
-    rates = {size: size * SHARE / seconds for size, seconds in best.items()}
-    return [
-        Row(
-            stage=STAGE,
-            name=f"tail step, {size} rank{'s' if size > 1 else ''} of one thread",
-            images=size * SHARE,
-            images_per_s=rates[size],
-            ratios={f"{size} times one rank": rates[size] / (size * rates[1])} if size > 1 else {},
-            extra={"ms/step": 1e3 * best[size], "gradient MB/step": megabytes},
+    rows = []
+    for (share, size, joined), seconds in best.items():
+        rate, alone = size * share / seconds, share / best[share, 1, False]
+        kind = "one rank" if size == 1 else f"{size} {'ranks' if joined else 'processes, each for itself'}"
+        rows.append(
+            Row(
+                stage=STAGE,
+                name=f"tail step of {share}, {kind}",
+                images=size * share,
+                images_per_s=rate,
+                ratios={f"{size} times one rank": rate / (size * alone)} if size > 1 else {},
+                extra={"ms/step": 1e3 * seconds, **({"gradient MB/step": megabytes} if joined else {})},
+            )
         )
-        for size in best
-    ]
+    return rows
 
 
 def _start() -> tuple[Connection, Any]:
@@ -64,15 +71,16 @@ def _start() -> tuple[Connection, Any]:
     return ours, process
 
 
-def _together(pipes: tuple[Connection, ...], store: Path) -> list[tuple[float, float]]:
-    """Seconds a step and gradient megabytes, of each rank of a new group."""
+def _together(pipes: tuple[Connection, ...], share: int, store: Path | None) -> list[tuple[float, float]]:
+    """Seconds a step and gradient megabytes of each process, at work at once: ranks of a new group that meet at `store`, or
+    strangers."""
     for rank, pipe in enumerate(pipes):
-        pipe.send((f"file://{store}", rank, len(pipes)))
+        pipe.send((share, f"file://{store}", rank, len(pipes)) if store else (share, "", 0, 1))
     return [pipe.recv() for pipe in pipes]
 
 
 def _serve(pipe: Connection) -> None:
-    """A rank: joins one group after another and times steps in each."""
+    """A rank: joins one group after another, or none, and times steps in each."""
     import torch
     import torch.distributed as dist
 
@@ -86,7 +94,7 @@ def _serve(pipe: Connection) -> None:
     torch.set_num_threads(1)
     initial = weights.initial("random", num_findings=FINDINGS, seed=0)
     while True:
-        store, rank, world_size = pipe.recv()
+        share, store, rank, world_size = pipe.recv()
         if world_size > 1:
             dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size)
         network = Network.build(
@@ -95,14 +103,14 @@ def _serve(pipe: Connection) -> None:
         tail = network.tail.train()
         model = parallel(tail, Ranks(rank, world_size, None))
         trained = [parameter for parameter in tail.parameters() if parameter.requires_grad]
-        optimizer = make_optimizer(OptimizerConfig(), trained, SHARE * world_size)
+        optimizer = make_optimizer(OptimizerConfig(), trained, share * world_size)
         norms = group_norms(tail)
-        features = network.features(np.full((SHARE, 224, 224), 100, np.uint8))
-        labels, valid = torch.zeros(SHARE, FINDINGS), torch.ones(SHARE, dtype=torch.bool)
+        features = network.features(np.full((share, 224, 224), 100, np.uint8))
+        labels, valid = torch.zeros(share, FINDINGS), torch.ones(share, dtype=torch.bool)
         seconds = []
         for _ in range(STEPS):
             began = time.perf_counter()
-            masked_loss(model(features), labels, valid, None, divisor=SHARE * FINDINGS).backward()
+            masked_loss(model(features), labels, valid, None, divisor=share * FINDINGS).backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             update_running_statistics(norms)
