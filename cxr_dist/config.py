@@ -67,7 +67,7 @@ class DataConfig:
     decode_workers: int = 0
     """Decoding processes in the stream; 0: one per CPU that the trainers leave free."""
     task_images: int = 0
-    """Images in one decoding task, rounded down to whole steps of a rank; 0: 1.5 s of a core's work, 32 MiB at most."""
+    """Images in one decoding task, rounded down to whole steps of a rank; 0: 2 s of a core's work, 32 MiB at most."""
     cache_dir: str = ""
     """Folder on each node's own disk that keeps what was read from storage, for later epochs and runs; empty: none."""
     cache_gb: float = 50.0

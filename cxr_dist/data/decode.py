@@ -1,8 +1,8 @@
 """The decoding end of the stream: one task in, one block of rows out, in a process that imports no torch.
 
 A block is a rank's run of consecutive steps. The ranks' blocks of one round have the same number of rows, which is all
-that dealing them in turn needs; the first rounds are short, so that the first batch need not wait for a whole task, and
-the last one is as long as what is left.
+that dealing them in turn needs; the first rounds are short, so that the first batch need not wait for a whole task: of a
+step each, or of a piece of it that pays. The last one is as long as what is left.
 """
 
 import dataclasses
@@ -38,6 +38,8 @@ class StreamSpec:
     """First step of the run that is still to be done."""
     steps_per_task: int
     """Steps of a task, after a few tasks of 1, 2, 4, … steps."""
+    pieces: int = 0
+    """Tasks that a rank's share of the first step is cut into; 0: one, unless `build_splits` finds that more pay."""
     size: int
     encoding: str
     findings: tuple[int, ...]
@@ -54,20 +56,42 @@ class StreamSpec:
     @property
     def block_bytes(self) -> int:
         """Bytes of the rows of a task of `steps_per_task` steps."""
-        share = self.plan.rank_batch(self.world_size)
-        return self.steps_per_task * share * (self.feature_bytes or self.size * self.size)
+        return self.steps_per_task * self.plan.rank_batch(self.world_size) * self.row_bytes
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of an image or of its features, as decoded."""
+        return self.feature_bytes or self.size * self.size
 
     @property
     def num_tasks(self) -> int:
         left, short = self.plan.num_steps - self.start, self._short_rounds
-        if left < 2**short:
-            return left.bit_length() * self.world_size
-        return (short + -(-(left - 2**short + 1) // self.steps_per_task)) * self.world_size
+        rounds = left.bit_length() if left < 2**short else short + -(-(left - 2**short + 1) // self.steps_per_task)
+        return (rounds + self._more_pieces if left else 0) * self.world_size
 
     def task(self, number: int) -> tuple[int, range]:
         """Rank and step numbers of a task."""
         turn, rank = divmod(number, self.world_size)
+        turn = max(0, turn - self._more_pieces)
         return rank, range(self._first_step(turn), self._first_step(turn + 1))
+
+    def part(self, number: int) -> slice:
+        """Of the row groups that the task's rank has in a step, those that the task holds: all, or a piece of the first."""
+        piece = number // self.world_size
+        if piece > self._more_pieces:
+            return slice(None)
+        size = self.groups_per_share // (self._more_pieces + 1)
+        return slice(piece * size, (piece + 1) * size)
+
+    @property
+    def groups_per_share(self) -> int:
+        """Row groups of a rank in a step."""
+        return self.plan.rank_batch(self.world_size) // self.plan.train.row_group
+
+    @property
+    def _more_pieces(self) -> int:
+        """Pieces of the first step after its first."""
+        return max(0, self.pieces - 1)
 
     @property
     def _short_rounds(self) -> int:
@@ -130,10 +154,10 @@ class Decoder:
         self.told = ranges.counters()
 
     def block(self, number: int) -> pa.Table:
-        """The block of one task: a rank's run of consecutive steps."""
+        """The block of one task: a rank's run of consecutive steps, or a piece of the first."""
         rank, indices = self.spec.task(number)
         with Journal(self.spec.token, number) as journal, self.turns.task(number) as turn:
-            block = decode_rows(self._parts(rank, indices), journal, turn)
+            block = decode_rows(self._parts(rank, indices, self.spec.part(number)), journal, turn)
         share = len(block) // len(indices)
         block = block.append_column("index", pa.array(np.repeat(np.arange(indices.start, indices.stop), share)))
         block = block.append_column("rank", pa.array(np.full(len(block), rank, dtype=np.int32)))
@@ -143,8 +167,8 @@ class Decoder:
             self.told = read
         return facts.attach(block)
 
-    def _parts(self, rank: int, indices: range) -> list[Part]:
-        """What the steps hold, neighbours from one source and of one view in one piece."""
+    def _parts(self, rank: int, indices: range, part: slice) -> list[Part]:
+        """What that part of the steps holds, neighbours from one source and of one view in one piece."""
         spec, plan = self.spec, self.spec.plan
         steps = [plan.step(index) for index in indices]
         parts = []
@@ -153,7 +177,7 @@ class Decoder:
             parts.append(
                 Part(
                     decoder=self.decoders[kind, view if spec.train_views else 0],
-                    groups=np.concatenate([step.of_rank(rank, spec.world_size) for step in group]),
+                    groups=np.concatenate([step.of_rank(rank, spec.world_size)[part] for step in group]),
                     seed=plan.seed,
                     view=view,
                 )

@@ -4,7 +4,7 @@ A run has tens of thousands of tasks, and nothing about a task but its number. `
 object store for each (0.8 ms and 40 kB a task: 16 s and 0.8 GB for 20,000); here all tasks share one empty input block,
 and an actor learns the number from Ray Data itself, which counts an operator's tasks in the order of their inputs and
 gives an attempt the number of the first. 20,000 tasks weigh less than a megabyte. This module holds all that the stream
-needs of Ray's private API (2.60): the constructor of a dataset from blocks, the number of a task, and the turns of the loop.
+needs of Ray's private API (2.60): the constructor of a dataset from blocks, the number of a task, and the turns of its loop.
 """
 
 import time
@@ -15,8 +15,13 @@ from typing import Any, Protocol
 import pyarrow as pa
 import ray
 from ray.data import ActorPoolStrategy, DataContext, Dataset, ExecutionOptions, ExecutionResources
+from ray.data._internal.execution.backpressure_policy import (
+    ENABLED_BACKPRESSURE_POLICIES,
+    ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY,
+    BackpressurePolicy,
+)
 from ray.data._internal.execution.execution_callback import ExecutionCallback
-from ray.data._internal.execution.interfaces import BlockEntry, RefBundle
+from ray.data._internal.execution.interfaces import BlockEntry, PhysicalOperator, RefBundle
 from ray.data._internal.execution.interfaces.task_context import TaskContext
 from ray.data._internal.execution.streaming_executor import StreamingExecutor
 from ray.data._internal.logical.interfaces import LogicalPlan
@@ -36,6 +41,9 @@ and Ray Data's loop, which turns ten times a second, brings the next while one o
 
 PAUSE_S = 0.05
 """Rest of the loop after a turn in which it neither waited nor did anything."""
+
+TOGETHER_S = 0.5
+"""Longest that an actor which is up waits for those that are not before it gets a second task."""
 
 
 class Maker(Protocol):
@@ -74,6 +82,23 @@ class Rest(ExecutionCallback):
         self.ended, self.done = time.monotonic(), done
 
 
+class Spread(BackpressurePolicy):
+    """Deals the first tasks to all actors: they come up one after another, and the first would get the others' too.
+
+    The very first task goes out at once all the same, for Ray Data holds nothing back while nothing is under way.
+    """
+
+    up_since: float | None = None
+    """When the first actor was up."""
+
+    def can_add_input(self, op: PhysicalOperator) -> bool:
+        pools = op.get_autoscaling_actor_pools()
+        if not any(pool.num_pending_actors() for pool in pools) or not any(pool.num_running_actors() for pool in pools):
+            return True
+        self.up_since = self.up_since or time.monotonic()
+        return time.monotonic() - self.up_since > TOGETHER_S
+
+
 def numbered_blocks(
     count: int,
     make: Callable[[], Maker],
@@ -93,6 +118,7 @@ def numbered_blocks(
     context.target_max_block_size = None  # a task's output stays one block, however large
     context.memory_usage_poll_interval_s = None  # Ray would read each actor's memory map every second
     context.custom_execution_callback_classes = [*context.custom_execution_callback_classes, Rest]
+    context.set_config(ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY, [*ENABLED_BACKPRESSURE_POLICIES, Spread])
     context.execution_options = ExecutionOptions(
         preserve_order=True,
         # Ray's own limit is half of the object stores: gigabytes of blocks ahead of a slow consumer

@@ -7,10 +7,13 @@ beforehand would adapt to the machine, but an image that kills its decoder would
 
 from typing import Any
 
-__all__ = ["steps_per_task"]
+__all__ = ["first_pieces", "row_seconds", "steps_per_task"]
 
-TASK_S = 1.5
+TASK_S = 2.0
 """Work in a task, seconds of one core."""
+
+PIECE_S = 0.2
+"""Least work in a piece of the first step, seconds of one core: what Ray Data takes to bring one more block."""
 
 BLOCK_BYTES = 32 << 20
 """Largest block, bytes; several of them are in memory for each decoding process."""
@@ -22,6 +25,14 @@ PNG_BYTES = 410_000
 """Mean size of NIH's PNG files, for sources that do not tell theirs."""
 
 
+def row_seconds(source: Any, *, encoding: str, row_group: int, row_bytes: int) -> float:
+    """Seconds of a core for a row of `source` (a RowSource), whose row groups hold `row_group` rows, decoded `row_bytes`."""
+    if encoding != "png":
+        return COPY_S_PER_BYTE * row_bytes
+    ranges = getattr(source, "ranges", None)
+    return DECODE_S_PER_BYTE * float(PNG_BYTES if ranges is None else ranges.length.mean() / row_group)
+
+
 def steps_per_task(source: Any, *, images: int = 0, encoding: str, row_group: int, row_bytes: int, share: int) -> int:
     """Steps of a task whose rows come from `source` (a RowSource): as many as hold `images`, or if that is 0 what pays.
 
@@ -29,11 +40,16 @@ def steps_per_task(source: Any, *, images: int = 0, encoding: str, row_group: in
     """
     if images:
         return max(1, images // share)
-    if encoding == "png":
-        ranges = getattr(source, "ranges", None)
-        row_s = DECODE_S_PER_BYTE * (PNG_BYTES if ranges is None else ranges.length.mean() / row_group)
-    else:
-        row_s = COPY_S_PER_BYTE * row_bytes
+    row_s = row_seconds(source, encoding=encoding, row_group=row_group, row_bytes=row_bytes)
     by_time = -(-TASK_S // (row_s * share))
     by_memory = BLOCK_BYTES // (row_bytes * share)
     return max(1, int(min(by_time, by_memory)))
+
+
+def first_pieces(*, row_s: float, row_group: int, groups: int, decoders: int) -> int:
+    """Equal pieces that the first step's `groups` row groups of a rank are cut into, for so many decoders at once."""
+    return max(
+        pieces
+        for pieces in range(1, max(1, decoders) + 1)
+        if pieces == 1 or (groups % pieces == 0 and groups * row_group * row_s / pieces >= PIECE_S)
+    )

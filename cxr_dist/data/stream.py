@@ -25,6 +25,7 @@ from cxr_dist.data.numbered import Maker, numbered_blocks
 from cxr_dist.data.plan import Plan, Step
 from cxr_dist.data.ranges import ReadCounters
 from cxr_dist.data.rows import CORRUPT, OK, fixed_rows
+from cxr_dist.data.sizing import first_pieces, row_seconds
 from cxr_dist.errors import RunError
 
 __all__ = ["Batch", "PlanDataConfig", "Stream", "build_splits"]
@@ -69,6 +70,8 @@ def build_splits(
     retries: int = TASK_RETRIES,
 ) -> list[Any]:
     """One DataIterator a rank over the run's remaining steps. Needs a running Ray."""
+    if not spec.pieces:
+        spec = dataclasses.replace(spec, pieces=_pieces(spec, num_actors))
     blocks = numbered_blocks(
         spec.num_tasks,
         functools.partial(decoder, spec),
@@ -80,6 +83,16 @@ def build_splits(
         label_selector=label_selector,
     )
     return blocks.streaming_split(spec.world_size, equal=False)
+
+
+def _pieces(spec: StreamSpec, num_actors: int) -> int:
+    row_group = spec.plan.train.row_group
+    return first_pieces(
+        row_s=row_seconds(spec.train, encoding=spec.encoding, row_group=row_group, row_bytes=spec.row_bytes),
+        row_group=row_group,
+        groups=spec.groups_per_share,
+        decoders=num_actors // spec.world_size,
+    )
 
 
 class PlanDataConfig(ray.train.DataConfig):
@@ -155,13 +168,18 @@ class Stream:
 
     def _batches(self, blocks: Iterator[pa.Table]) -> Iterator[Batch]:
         share = self.plan.rank_batch(self.world_size)
-        expected = None
+        expected, pieces = None, []
         for block, facts in self._timed(blocks):
             if expected is None:
                 expected = self.start = facts.start
             self.reads = _sum(self.reads, facts.reads)
-            for offset in range(0, len(block), share):
-                yield self._checked(block.slice(offset, share), expected)
+            pieces.append(block)
+            if sum(map(len, pieces)) < share:
+                continue
+            rows = pa.concat_tables(pieces)
+            pieces.clear()
+            for offset in range(0, len(rows), share):
+                yield self._checked(rows.slice(offset, share), expected)
                 expected += 1
         if expected is None and not isinstance(self.shard, EmptyShard):
             expected = 0

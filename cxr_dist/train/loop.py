@@ -83,6 +83,10 @@ class Trainer:
     ):
         self.job, self.ranks, self.monitor = job, ranks, monitor
         self.config = job.config.train
+        stream = None
+        if not isinstance(shard, ResidentShard):
+            stream = Stream(shard=shard, plan=job.plan, rank=ranks.rank, world_size=ranks.world_size, size=job.row_size)
+            stream.begin()  # the decoders start while the network is made
         if device.type == "cpu":
             torch.set_num_threads(self.config.threads_per_worker)
         else:
@@ -117,12 +121,7 @@ class Trainer:
         self.own_s = 0.0
         """Seconds up to the first backward of every step: what a rank does before it meets the others."""
         self.checkpoints = Checkpoints(job.folder)
-        if isinstance(shard, ResidentShard):
-            self.feed: Stream | ResidentFeed = resident_feed(shard, job, ranks, device)
-        else:
-            self.feed = Stream(
-                shard=shard, plan=job.plan, rank=ranks.rank, world_size=ranks.world_size, size=job.row_size
-            )
+        self.feed: Stream | ResidentFeed = stream or resident_feed(shard, job, ranks, device)
 
     def run(self) -> None:
         with contextlib.closing(iter(self.feed)) as delivered:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -220,6 +221,32 @@ def test_a_resume_gets_exactly_the_rest(consumers):
     assert_delivered(consume(consumers, spec, decoder=SlowDecoder), spec)
 
 
+@pytest.mark.parametrize("start", [0, 9])  # a training step, a validation step
+def test_a_first_step_in_pieces_is_the_same_step(consumers, start):
+    spec = spec_of(start=start, pieces=4)
+    assert len({tuple(Decoder(spec).block(number)["row"].to_pylist()) for number in range(8)}) > 4
+    assert_delivered(consume(consumers, spec, decoder=SlowDecoder), spec)
+
+
+@pytest.mark.parametrize(("global_batch", "asked", "pieces"), [
+    (256, 0, 2),  # 128 rows of a rank in 0.52 s of work, for two of four decoders
+    (256, 1, 1),
+    (128, 0, 1),
+])  # fmt: skip
+def test_a_first_step_of_much_work_is_cut_for_the_decoders(monkeypatch, global_batch, asked, pieces):
+    made = []
+
+    def numbered(count: int, make: Any, **_: Any) -> Any:
+        made.append((count, make().spec.pieces))
+        return SimpleNamespace(streaming_split=lambda *_, **__: [])
+
+    monkeypatch.setattr("cxr_dist.data.stream.numbered_blocks", numbered)
+    plan = dataclasses.replace(plan_of(train=800), global_batch=global_batch)
+    spec = spec_of(plan=plan, pieces=asked)
+    build_splits(spec, num_actors=4)
+    assert made == [(spec.num_tasks + 2 * (pieces - 1), pieces)]
+
+
 def dying(folder: Path, times: int, task: int) -> Callable[..., Any]:
     """A decoder that kills its process in the middle of one task, so many times; each time leaves a file."""
 
@@ -322,6 +349,16 @@ def blocks_of(spec: StreamSpec, rank: int) -> list[pa.Table]:
 def stream_of(blocks: list[pa.Table], spec: StreamSpec, rank: int = 1) -> tuple[Stream, FakeShard]:
     shard = FakeShard(blocks)
     return Stream(shard=shard, plan=spec.plan, rank=rank, world_size=spec.world_size, size=SIZE), shard
+
+
+def test_a_lost_piece_is_an_error():
+    spec = spec_of(start=4, pieces=2)
+    blocks = blocks_of(spec, 1)
+    assert [batch.step.index for batch in stream_of(blocks, spec)[0]] == list(range(4, 22))
+    with pytest.raises(RunError, match=r"out of order: found step .*, expected .* at step 4"):
+        list(stream_of(blocks[1:], spec)[0])
+    with pytest.raises(RunError, match="ended before step 4 of 22"):
+        list(stream_of(blocks[:1], spec)[0])
 
 
 def test_blocks_in_order_pass():

@@ -26,12 +26,12 @@ def test_nothing_is_left_of_a_finished_run(tmp_path: Path) -> None:
     assert (spec.start, spec.num_tasks) == (9, 0)
 
 
-def test_a_task_is_whole_steps_of_one_and_a_half_seconds_of_work(tmp_path: Path) -> None:
-    """366 of NIH's PNG; smaller ones cost less."""
+def test_a_task_is_whole_steps_of_two_seconds_of_work(tmp_path: Path) -> None:
+    """488 of NIH's PNG; smaller ones cost less."""
     job = make_job(tmp_path, encoding="png")
     assert job.plan.rank_batch(2) == 12
-    assert job.remaining(2).steps_per_task == 31
-    assert job.remaining(1).steps_per_task == 16
+    assert job.remaining(2).steps_per_task == 41
+    assert job.remaining(1).steps_per_task == 21
     asked = dataclasses.replace(job.config, data=dataclasses.replace(job.config.data, task_images=50))
     assert dataclasses.replace(job, config=asked).remaining(2).steps_per_task == 4
     asked = dataclasses.replace(job.config, data=dataclasses.replace(job.config.data, task_images=5))

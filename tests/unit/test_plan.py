@@ -1,5 +1,6 @@
 """The plan: the same steps at any world size, every row group once an epoch, every validation row once, exact resume."""
 
+import dataclasses
 import tracemalloc
 from typing import Any, cast
 
@@ -167,7 +168,7 @@ def test_a_step_outside_the_run_is_an_error():
             plan.step(index)
 
 
-def stream_spec(plan: Plan, *, world_size: int, start: int, steps_per_task: int) -> StreamSpec:
+def stream_spec(plan: Plan, *, world_size: int, start: int, steps_per_task: int, pieces: int = 0) -> StreamSpec:
     return StreamSpec(
         plan=plan,
         train=cast("Any", None),
@@ -175,6 +176,7 @@ def stream_spec(plan: Plan, *, world_size: int, start: int, steps_per_task: int)
         world_size=world_size,
         start=start,
         steps_per_task=steps_per_task,
+        pieces=pieces,
         size=16,
         encoding="png",
         findings=(0,),
@@ -202,6 +204,35 @@ def test_tasks_go_round_by_round_and_rank_by_rank(plan, data):
     expected = short + [steps_per_task] * len(lengths)
     assert lengths[:-1] == expected[: len(lengths[:-1])]
     assert not lengths or 1 <= lengths[-1] <= expected[len(lengths) - 1]
+
+
+@unhurried
+@given(plans(), st.data())
+def test_pieces_of_the_first_step_change_nothing_after_it(plan, data):
+    world_size = data.draw(st.sampled_from(allowed_world_sizes(plan.global_batch, plan.train.row_group)))
+    start = data.draw(st.integers(0, plan.num_steps))
+    steps_per_task = data.draw(st.integers(1, 9))
+    whole = stream_spec(plan, world_size=world_size, start=start, steps_per_task=steps_per_task)
+    pieces = data.draw(st.sampled_from([n for n in range(1, 9) if whole.groups_per_share % n == 0]))
+    spec = dataclasses.replace(whole, pieces=pieces)
+    if start == plan.num_steps:
+        assert spec.num_tasks == 0
+        return
+    more = (pieces - 1) * world_size
+    assert [spec.task(number + more) for number in range(whole.num_tasks)] == [
+        whole.task(number) for number in range(whole.num_tasks)
+    ]
+    assert spec.num_tasks == whole.num_tasks + more
+    for rank in range(world_size):
+        numbers = range(rank, spec.num_tasks, world_size)
+        held = [
+            plan.step(index).of_rank(rank, world_size)[spec.part(number)]
+            for number in numbers
+            for index in spec.task(number)[1]
+        ]
+        assert len({len(groups) for groups in held[:pieces]}) == 1
+        due = [plan.step(index).of_rank(rank, world_size) for index in range(start, plan.num_steps)]
+        assert np.concatenate(held).tolist() == np.concatenate(due).tolist()
 
 
 @pytest.mark.parametrize(("steps_per_task", "left", "lengths"), [

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from cxr_dist.data.sizing import steps_per_task
+from cxr_dist.data.sizing import first_pieces, steps_per_task
 
 
 def shards(*row_groups: int) -> SimpleNamespace:
@@ -14,10 +14,10 @@ def shards(*row_groups: int) -> SimpleNamespace:
 
 
 @pytest.mark.parametrize(("share", "steps"), [
-    (16, 23),  # 365.9 images
-    (128, 3),
-    (366, 1),
-    (365, 2),
+    (16, 31),  # 487.8 images
+    (128, 4),
+    (488, 1),
+    (487, 2),
     (512, 1),
 ])  # fmt: skip
 def test_png_by_work(share, steps):
@@ -30,7 +30,7 @@ def test_png_by_work(share, steps):
 
 def test_png_of_unknown_size_are_taken_for_nihs():
     known = steps_per_task(shards(410_000), encoding="png", row_group=1, row_bytes=224**2, share=8)
-    assert steps_per_task(object(), encoding="png", row_group=1, row_bytes=224**2, share=8) == known == 46
+    assert steps_per_task(object(), encoding="png", row_group=1, row_bytes=224**2, share=8) == known == 61
 
 
 @pytest.mark.parametrize(("encoding", "row_bytes", "share", "steps"), [
@@ -47,3 +47,19 @@ def test_blocks_stay_small(encoding, row_bytes, share, steps):
 
 def test_a_step_larger_than_a_block_is_a_task():
     assert steps_per_task(object(), encoding="pixels", row_group=8, row_bytes=1024**2, share=4096) == 1
+
+
+@pytest.mark.parametrize(("row_s", "groups", "decoders", "pieces"), [
+    (0.004, 16, 1, 1),
+    (0.004, 16, 2, 2),  # 0.512 s of work in 16 groups of 8
+    (0.004, 16, 3, 2),  # of equal size
+    (0.004, 16, 8, 2),  # and of 0.2 s at least
+    (0.004, 64, 8, 8),
+    (0.004, 2, 8, 1),
+    (0.001, 16, 8, 1),
+    (0.004, 1, 8, 1),
+    (1.0, 3, 8, 3),  # a row group is not cut
+    (0.004, 16, 0, 1),  # fewer decoders than ranks
+])  # fmt: skip
+def test_the_first_step_is_cut_where_it_pays(row_s, groups, decoders, pieces):
+    assert first_pieces(row_s=row_s, row_group=8, groups=groups, decoders=decoders) == pieces
