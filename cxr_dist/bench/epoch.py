@@ -1,6 +1,7 @@
 """Stage `epoch`: whole runs with and without kept features, on every core; what the first epochs and the later ones cost.
 
-Both are `train.run.train`, the job that people run, from random weights over pixel shards with one recurring view.
+Both are `train.run.train`, the job that people run, from random weights over pixel shards with one recurring view, 64
+images a rank in a step (16 would tell of gradients on one machine's loopback: see the ranks' rows).
 Times count from the first batch to the end of an epoch with its validation and checkpoint; the run with features has
 the pass of the prefix on top, from the start of its processes to the last stored shard.
 """
@@ -17,7 +18,7 @@ from cxr_dist.train.run import train
 __all__ = ["run"]
 
 STAGE = "epoch"
-NUM_IMAGES = 512
+NUM_IMAGES, SHARE = 2048, 64
 EPOCHS = 20
 COMPARED = (10, EPOCHS)
 """Numbers of epochs that are compared."""
@@ -26,11 +27,18 @@ COMPARED = (10, EPOCHS)
 def run(options: BenchOptions) -> list[Row]:
     """Twenty epochs without features, then with; then two ranks beside one."""
     with scratch(options, STAGE) as folder, cluster(options):
-        uri = dataset(options, folder, NUM_IMAGES)
+        uri = dataset(options, folder, options.count(NUM_IMAGES))
         found: dict[str, tuple[dict[str, Any], Usage]] = {}
         for mode in ("off", "on"):
             config = run_config(
-                options, folder, uri, name=f"features-{mode}", workers=options.cpus, features=mode, epochs=EPOCHS
+                options,
+                folder,
+                uri,
+                name=f"features-{mode}",
+                workers=options.cpus,
+                share=SHARE,
+                features=mode,
+                epochs=EPOCHS,
             )
             with Usage(object_store=True) as usage:
                 result = train(config)

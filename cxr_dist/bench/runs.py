@@ -38,10 +38,11 @@ def dataset(options: BenchOptions, folder: Path, num_images: int) -> str:
     return uri
 
 
-def run_config(options: BenchOptions, folder: Path, uri: str, *, name: str, workers: int, **train: object) -> Config:
-    """A run of the notebooks' batch of 16 images a rank, from random weights, without a test report."""
+def run_config(
+    options: BenchOptions, folder: Path, uri: str, *, name: str, workers: int, share: int = 16, **train: object
+) -> Config:
+    """A run with `share` images a rank in a step (the notebooks had 16), from random weights, without a test report."""
     base = options.config
-    share = 16 * workers
     return dataclasses.replace(
         base,
         data=dataclasses.replace(base.data, uri=uri, encoding="pixels"),
@@ -50,7 +51,7 @@ def run_config(options: BenchOptions, folder: Path, uri: str, *, name: str, work
             base.train,
             num_workers=workers,
             cpus_per_worker=0.5 if workers >= options.cpus else 1.0,
-            global_batch=share,
+            global_batch=share * workers,
             patience=0,
             views=1,
             storage_path=str(folder / "runs"),
