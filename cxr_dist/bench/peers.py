@@ -67,7 +67,9 @@ def dataloader(task: Task) -> Iterable[Any]:
     """torch's DataLoader: an item is a batch, its row groups read from our shards as our stream reads them."""
     from torch.utils.data import DataLoader
 
-    return DataLoader(_Steps(task), batch_size=None, num_workers=task.workers, prefetch_factor=4)
+    steps = _Steps(task)
+    storage.forget_filesystems()  # workers that inherit an open connection get one another's bytes
+    return DataLoader(steps, batch_size=None, num_workers=task.workers, prefetch_factor=4)
 
 
 class _Steps:
@@ -102,7 +104,7 @@ def mosaicml(task: Task) -> Iterable[Any]:
 
     images = Images(remote=task.uri, local=task.cache, shuffle=True, batch_size=BATCH)
     for stream in images.streams:
-        stream._downloader.clean_up()  # workers that inherit its open connection get one another's bytes
+        stream._downloader.clean_up()  # its connection too
     return DataLoader(images, batch_size=BATCH, num_workers=task.workers, prefetch_factor=4)
 
 

@@ -32,8 +32,11 @@ from cxr_dist.data.plan import EMPTY, Plan, Split
 from cxr_dist.data.shards import ShardReader
 from cxr_dist.data.sizing import steps_per_task
 from cxr_dist.data.stream import Stream, build_splits
+from cxr_dist.errors import RunError
 
 __all__ = ["run"]
+
+log = logging.getLogger(__name__)
 
 STAGE = "stream"
 NUM_IMAGES = 12_288
@@ -268,7 +271,11 @@ def _beside_peers(options: BenchOptions, uri: str, prefix: str) -> list[Row]:
     again: dict[str, float] = {}
     for _ in range(min(options.repeats, PASSES)):
         for peer, its_uri in shards.items():
-            found, usage = peers.measured(options, peer, its_uri)
+            try:
+                found, usage = peers.measured(options, peer, its_uri)
+            except RunError as error:
+                log.error("%s", error)
+                continue
             runs[peer.name].append((found, usage))
             if found.again_images_per_s:
                 again[peer.name] = max(again.get(peer.name, 0.0), found.again_images_per_s)
@@ -280,7 +287,7 @@ def _beside_peers(options: BenchOptions, uri: str, prefix: str) -> list[Row]:
                 reading = dataclasses.replace(options.config.data, cache_dir=str(folder))
                 kept = stream_once(stream_spec(uri, batch=BATCH, epochs=2, config=reading), options)
             again[OURS] = max(again.get(OURS, 0.0), kept.last_epoch_images_per_s)
-    best = {name: max(of_one, key=lambda run: _whole(run[0])) for name, of_one in runs.items()}
+    best = {name: max(of_one, key=lambda run: _whole(run[0])) for name, of_one in runs.items() if of_one}
     whole = {name: _whole(run) for name, (run, _) in best.items()}
     return [
         Row(
