@@ -19,6 +19,7 @@ from cxr_dist.config import Config
 from cxr_dist.errors import ConfigError, DataError
 
 STAGES = ("decode", "stream", "cache", "step", "epoch")
+GIVEN = ("stage", "images", "num_images", "peers", "cpus", "repeats", "seed")
 
 
 def flags(parser: argparse.ArgumentParser) -> None:
@@ -59,10 +60,9 @@ def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
             # as it comes to its turn: importing torch before the decoding stages would count in their memory
             rows += importlib.import_module(f"cxr_dist.bench.{stage}").run(options)
             print(table([row for row in rows if row.stage == stage]), end="\n\n", flush=True)
-    given = {
-        name: getattr(args, name) for name in ("stage", "images", "num_images", "peers", "cpus", "repeats", "seed")
-    }
-    result = to_json(rows, machine=about, options=given)
+            result = to_json(rows, machine=about, options={name: getattr(args, name) for name in GIVEN})
+            if args.json:  # all stages take an hour: those that are done stay, whatever comes
+                Path(args.json).write_text(json.dumps(result) + "\n")
     if args.chart:
         chart(result, args.chart)
     return result

@@ -2,9 +2,10 @@
 
 Each reads from the server what it would read in the first epoch of a run: its own kind of shards of the same PNG files
 (the DataLoader: ours), shuffled, in as many worker processes as the stream has decoders; every image goes through
-`to_grey`, and batches come to the process that made the loader. Caches are empty when a pass begins; loaders that keep
-what they read on the node's disk make a second pass from there. What counts is a whole pass: a loader that reads far ahead
-before its first batch seems fast after it.
+`to_grey`, and batches come to the process that made the loader. Each makes two whole passes, as a run of two epochs does:
+the first begins with empty caches and the loader's start, the second is from storage again, or from the node's disk with
+loaders that keep what they read there. A rate within a pass would say little: a loader that reads far ahead before its
+first batch seems fast after it.
 """
 
 import importlib.util
@@ -52,15 +53,16 @@ class Task:
 
 @dataclass(frozen=True, kw_only=True)
 class PeerRun:
-    """One pass of a loader over all images, from making it to its last batch."""
+    """Two passes of a loader over all images."""
 
     images: int
+    """Of both."""
     first_batch_s: float
-    wall_s: float
-    settled_images_per_s: float
-    """From a quarter of the batches on."""
-    again_images_per_s: float | None
-    """Whole second pass, of a loader that keeps what it read."""
+    """From making the loader to its first batch."""
+    first_pass_images_per_s: float
+    """From making the loader to the last batch."""
+    second_pass_images_per_s: float
+    """From the first pass's last batch on."""
 
 
 def dataloader(task: Task) -> Iterable[Any]:
@@ -69,7 +71,7 @@ def dataloader(task: Task) -> Iterable[Any]:
 
     steps = _Steps(task)
     storage.forget_filesystems()  # workers that inherit an open connection get one another's bytes
-    return DataLoader(steps, batch_size=None, num_workers=task.workers, prefetch_factor=4)
+    return DataLoader(steps, batch_size=None, num_workers=task.workers, prefetch_factor=4, persistent_workers=True)
 
 
 class _Steps:
@@ -147,7 +149,7 @@ def webdataset(task: Task) -> Iterable[Any]:
         .batched(BATCH)
         .map(lambda batch: batch[0])
     )
-    return DataLoader(images, batch_size=None, num_workers=task.workers, prefetch_factor=4)
+    return DataLoader(images, batch_size=None, num_workers=task.workers, prefetch_factor=4, persistent_workers=True)
 
 
 def write_mosaicml(images: Iterator[bytes], folder: Path) -> None:
@@ -224,7 +226,7 @@ def _images(uri: str) -> Iterator[bytes]:
 
 
 def measured(options: BenchOptions, peer: Peer, uri: str) -> tuple[PeerRun, Usage]:
-    """One pass of a loader, in a process of its own."""
+    """Two passes of a loader, in a process of its own."""
     context: Any = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory(dir=options.out) as cache, Usage() as usage:
         task = Task(uri=uri, cache=cache, size=options.config.data.size, workers=options.cpus)
@@ -235,7 +237,9 @@ def measured(options: BenchOptions, peer: Peer, uri: str) -> tuple[PeerRun, Usag
         try:
             found: PeerRun = ours.recv()
         except EOFError:
-            raise RunError(f"{peer.name}: found no result, expected a pass over {uri}; its error is above") from None
+            raise RunError(
+                f"{peer.name}: found no result, expected two passes over {uri}; its error is above"
+            ) from None
         finally:
             process.join()
     return found, usage
@@ -245,24 +249,19 @@ def _pass(peer: Peer, task: Task, pipe: Any) -> None:
     multiprocessing.set_start_method("fork", force=True)  # as each of them starts its workers on Linux
     os.environ["S3_ENDPOINT_URL"] = os.environ.get("AWS_ENDPOINT_URL", "")  # mosaicml-streaming's name for it
     began, loader = time.time(), peer.batches(task)
-    times, counts = _timed(loader)
-    quarter, again = len(times) // 4, None
-    if peer.keeps:
-        restarted = time.time()
-        later, kept = _timed(loader)
-        again = sum(kept) / (later[-1] - restarted)
+    first, images = _timed(loader)
+    second, more = _timed(loader)
     pipe.send(
         PeerRun(
-            images=sum(counts),
-            first_batch_s=times[0] - began,
-            wall_s=times[-1] - began,
-            settled_images_per_s=sum(counts[quarter + 1 :]) / (times[-1] - times[quarter]),
-            again_images_per_s=again,
+            images=images + more,
+            first_batch_s=first[0] - began,
+            first_pass_images_per_s=images / (first[-1] - began),
+            second_pass_images_per_s=more / (second[-1] - first[-1]),
         )
     )
 
 
-def _timed(loader: Iterable[Any]) -> tuple[list[float], list[int]]:
-    """When each batch came, and its images."""
+def _timed(loader: Iterable[Any]) -> tuple[list[float], int]:
+    """When each batch came, and the images of all of them."""
     came = [(time.time(), len(batch)) for batch in loader]
-    return [when for when, _ in came], [images for _, images in came]
+    return [when for when, _ in came], sum(images for _, images in came)

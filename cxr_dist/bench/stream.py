@@ -7,31 +7,18 @@ them; the settled rate counts from a quarter of the blocks on. The rank is a pro
 
 import dataclasses
 import logging
-import time
-import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
 
-import ray
-
-from cxr_dist import environment, storage
+from cxr_dist import storage
 from cxr_dist.bench import peers, s3
 from cxr_dist.bench.measure import Usage
-from cxr_dist.bench.options import BenchOptions, load_images, scratch, write_release
+from cxr_dist.bench.options import BenchOptions, scratch
+from cxr_dist.bench.passes import StreamRun, cluster, dataset, stream_once, stream_spec
+from cxr_dist.bench.peers import PeerRun
 from cxr_dist.bench.pool import PoolRun, ProcessPool
 from cxr_dist.bench.report import Row, ratios
-from cxr_dist.config import DataConfig
 from cxr_dist.data.decode import StreamSpec
-from cxr_dist.data.ingest import ingest
-from cxr_dist.data.manifest import Manifest
-from cxr_dist.data.nih import FINDINGS
-from cxr_dist.data.plan import EMPTY, Plan, Split
+from cxr_dist.data.plan import EMPTY
 from cxr_dist.data.shards import ShardReader
-from cxr_dist.data.sizing import steps_per_task
-from cxr_dist.data.stream import Stream, build_splits
 from cxr_dist.errors import RunError
 
 __all__ = ["run"]
@@ -39,33 +26,15 @@ __all__ = ["run"]
 log = logging.getLogger(__name__)
 
 STAGE = "stream"
-NUM_IMAGES = 12_288
-"""Of which a fifth is the release's test list and a twentieth validation: some 9,500 in an epoch."""
-OURS = "stream beside them"
+OURS, OURS_KEPT = "stream beside them", "stream beside them, node cache"
 BATCH, SMALL_BATCH = 128, 16
 PNG_EPOCHS, PIXEL_EPOCHS, MANY_EPOCHS = 1, 10, 100
+BESIDE_EPOCHS = 3
+"""Epochs of the stream beside other loaders, whose second it goes on without a seam: the rate of the later two counts."""
 PASSES = 3
 """Passes of each variant at most; they take a quarter of a minute each."""
-IDLE_S = 1.0
-"""Time in which a rank that does nothing is watched: Ray's threads in it take 2 ms of CPU a second."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class StreamRun:
-    """One pass of a stream at its only rank."""
-
-    images: int
-    first_batch_s: float
-    """From building the stream to its first batch."""
-    wall_s: float
-    """From building the stream to the last batch."""
-    settled_images_per_s: float
-    rank_ms_per_step: float
-    """CPU time of the rank's process for a step, milliseconds, without what it takes while it does nothing."""
-    head_of_line_s: float
-    bytes_read: int
-    last_epoch_images_per_s: float
-    """From the last block that begins before the last epoch, to the last one."""
+SMALL_PASSES = 3
+"""Passes in small batches; the first of all is the one that begins in a cold cluster."""
 
 
 def run(options: BenchOptions) -> list[Row]:
@@ -90,122 +59,12 @@ def run(options: BenchOptions) -> list[Row]:
     return rows
 
 
-@contextmanager
-def cluster(options: BenchOptions) -> Iterator[None]:
-    """A new local Ray of `options.cpus` logical CPUs."""
-    environment.apply()
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
-    ray.init(
-        address="local",
-        num_cpus=options.cpus,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.WARNING,
-        runtime_env={"env_vars": environment.SETTINGS},
-    )
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-def dataset(options: BenchOptions, folder: Path, encoding: Literal["png", "pixels"]) -> str:
-    """URI of the bench's images as shards."""
-    release = folder / "release"
-    if not release.exists():
-        write_release(load_images(options, NUM_IMAGES), release)
-    uri = str(folder / encoding)
-    data = dataclasses.replace(
-        options.config.data, release=str(release), uri=uri, encoding=encoding, validation_fraction=0.05
-    )
-    ingest(dataclasses.replace(options.config, data=data))
-    return uri
-
-
-def stream_spec(uri: str, *, batch: int, epochs: int, config: DataConfig | None = None) -> StreamSpec:
-    """The stream of a run of one rank, augmented, in tasks as large as training would make them; `config` as in
-    `ShardReader.from_manifest`."""
-    manifest = Manifest.load(uri)
-    splits = [
-        Split(num_rows=manifest.splits[name].num_rows, row_group=manifest.row_group) for name in ("train", "validation")
-    ]
-    source = ShardReader.from_manifest(manifest, "train", config)
-    return StreamSpec(
-        plan=Plan(train=splits[0], validation=splits[1], seed=0, epochs=epochs, global_batch=batch),
-        train=source,
-        validation=ShardReader.from_manifest(manifest, "validation", config),
-        world_size=1,
-        start=0,
-        steps_per_task=steps_per_task(
-            source,
-            encoding=manifest.encoding,
-            row_group=manifest.row_group,
-            row_bytes=manifest.size**2,
-            share=batch,
-        ),
-        size=manifest.size,
-        encoding=manifest.encoding,
-        findings=tuple(range(len(FINDINGS))),
-        views=0,
-        augment=True,
-        token=uuid.uuid4().hex,
-    )
-
-
-def stream_once(spec: StreamSpec, options: BenchOptions) -> StreamRun:
-    """A pass of the stream in its own process."""
-    rank = ray.remote(num_cpus=0)(_Rank).remote()
-    ray.get(rank.ready.remote())
-    began = time.time()
-    [shard] = build_splits(dataclasses.replace(spec, token=uuid.uuid4().hex), num_actors=options.cpus)
-    found: StreamRun = ray.get(rank.run.remote(shard, spec.plan, spec.size, began))
-    return found
-
-
-class _Rank:
-    """What a training rank does with its stream, without the training."""
-
-    def ready(self) -> float:
-        """CPU milliseconds a second of this process while it does nothing; it has imported what it needs."""
-        cpu, began = time.process_time(), time.time()
-        time.sleep(IDLE_S)
-        self.idle = (time.process_time() - cpu) / (time.time() - began)
-        return self.idle
-
-    def run(self, shard: Any, plan: Plan, size: int, began: float) -> StreamRun:
-        stream = Stream(shard=shard, plan=plan, rank=0, world_size=1, size=size)
-        came: list[tuple[float, int]] = []  # when each block came, and the images of those before it
-        waited, steps, cpu = -1.0, 0, 0.0
-        for _ in stream:
-            steps += 1
-            if stream.wait_s != waited:
-                waited = stream.wait_s
-                came.append((time.time(), stream.delivered))
-            if steps == 1:
-                cpu, first = time.process_time(), time.time()
-        ended = time.time()
-        cpu = time.process_time() - cpu - self.idle * (ended - first)
-        (since, before), (until, last) = came[len(came) // 4], came[-1]
-        an_epoch = plan.train_steps * plan.global_batch + plan.validation.num_rows
-        then, had = max((one for one in came if one[1] <= stream.delivered - an_epoch), default=(began, 0))
-        return StreamRun(
-            images=stream.delivered,
-            first_batch_s=first - began,
-            wall_s=until - began,
-            settled_images_per_s=(last - before) / (until - since),
-            rank_ms_per_step=1e3 * cpu / max(1, steps - 1),
-            head_of_line_s=stream.head_of_line_s,
-            bytes_read=stream.reads.bytes_read,
-            last_epoch_images_per_s=(last - had) / (until - then),
-        )
-
-
 def _compared(
     options: BenchOptions, pool: ProcessPool, encoding: str, uri: str, where: str, *, epochs: int, cold: bool = False
 ) -> list[Row]:
     """Rows of the pool and of the stream, passes in turns; the best of each counts."""
     spec = stream_spec(uri, batch=BATCH, epochs=epochs)
-    small = [stream_once(stream_spec(uri, batch=SMALL_BATCH, epochs=1), options) for _ in range(2)]
+    small = [stream_once(stream_spec(uri, batch=SMALL_BATCH, epochs=1), options) for _ in range(SMALL_PASSES)]
     limits: list[PoolRun] = []
     runs: list[tuple[StreamRun, Usage]] = []
     for _ in range(min(options.repeats, PASSES)):
@@ -239,10 +98,10 @@ def _compared(
             extra={
                 "whole images/s": best.images / best.wall_s,
                 **({f"first batch of {SMALL_BATCH}, cold, s": small[0].first_batch_s} if cold else {}),
-                f"first batch of {SMALL_BATCH}, warm, s": small[1].first_batch_s,
+                f"first batch of {SMALL_BATCH}, warm, s": min(found.first_batch_s for found in small[1:]),
                 f"first batch of {BATCH}, warm, s": min(found.first_batch_s for found, _ in runs),
                 f"rank ms/step of {BATCH}": min(found.rank_ms_per_step for found, _ in runs),
-                f"rank ms/step of {SMALL_BATCH}": small[1].rank_ms_per_step,
+                f"rank ms/step of {SMALL_BATCH}": min(found.rank_ms_per_step for found in small[1:]),
                 "read / stored": best.bytes_read / stored,
             },
         ),
@@ -262,61 +121,66 @@ def _stored_bytes(spec: StreamSpec) -> float:
 
 
 def _beside_peers(options: BenchOptions, uri: str, prefix: str) -> list[Row]:
-    """Rows of the other loaders and of the stream on the same images, passes in turns; the best of each counts."""
+    """Rows of the other loaders and of the stream on the same images, in turns; the best of each counts."""
     shards = peers.written(options, uri, prefix)
-    spec = stream_spec(uri, batch=BATCH, epochs=1)
-    runs: dict[str, list[tuple[peers.PeerRun | StreamRun, Usage]]] = {
-        name: [] for name in (*(peer.name for peer in shards), OURS)
+    runs: dict[str, list[tuple[PeerRun, Usage]]] = {
+        name: [] for name in (*(peer.name for peer in shards), OURS, OURS_KEPT)
     }
-    again: dict[str, float] = {}
     for _ in range(min(options.repeats, PASSES)):
         for peer, its_uri in shards.items():
             try:
-                found, usage = peers.measured(options, peer, its_uri)
+                runs[peer.name].append(peers.measured(options, peer, its_uri))
             except RunError as error:
                 log.error("%s", error)
-                continue
-            runs[peer.name].append((found, usage))
-            if found.again_images_per_s:
-                again[peer.name] = max(again.get(peer.name, 0.0), found.again_images_per_s)
-        with cluster(options):  # gone while the others run
+        with cluster(options), scratch(options, "node") as folder:  # gone while the others run
             stream_once(stream_spec(uri, batch=SMALL_BATCH, epochs=1), options)
-            with Usage() as usage:
-                runs[OURS].append((stream_once(spec, options), usage))
-            with scratch(options, "node") as folder:
-                reading = dataclasses.replace(options.config.data, cache_dir=str(folder))
-                kept = stream_once(stream_spec(uri, batch=BATCH, epochs=2, config=reading), options)
-            again[OURS] = max(again.get(OURS, 0.0), kept.last_epoch_images_per_s)
-    best = {name: max(of_one, key=lambda run: _whole(run[0])) for name, of_one in runs.items() if of_one}
-    whole = {name: _whole(run) for name, (run, _) in best.items()}
-    return [
-        Row(
-            stage=STAGE,
-            name=f"{name}, PNG, S3",
-            images=run.images,
-            images_per_s=whole[name],
-            ratios={
-                **ratios(whole[name], {"best other": _best_other(whole)}),
-                **(ratios(again[name], {"best other, second epoch": _best_other(again)}) if name in again else {}),
-            },
-            cpu_ms_per_image=1e3 * usage.cpu_s / run.images,
-            peak_rss_mb=usage.peak_rss_mb,
-            extra={
-                "settled images/s": max(run.settled_images_per_s for run, _ in runs[name]),
-                f"first batch of {BATCH}, warm, s": min(run.first_batch_s for run, _ in runs[name]),
-                **({"second epoch images/s": again[name]} if name in again else {}),
-            },
+            for name, cache in ((OURS, ""), (OURS_KEPT, str(folder))):
+                reading = dataclasses.replace(options.config.data, cache_dir=cache)
+                runs[name].append(
+                    _as_peer(stream_spec(uri, batch=BATCH, epochs=BESIDE_EPOCHS, config=reading), options)
+                )
+    keeping = {OURS_KEPT, *(peer.name for peer in shards if peer.keeps)}
+    first = {name: max(run.first_pass_images_per_s for run, _ in done) for name, done in runs.items() if done}
+    second = {name: max(run.second_pass_images_per_s for run, _ in done) for name, done in runs.items() if done}
+    rows = []
+    for name in first:
+        alike = {other: rate for other, rate in second.items() if (other in keeping) == (name in keeping)}
+        run, usage = min(runs[name], key=lambda found: found[1].cpu_s)
+        rows.append(
+            Row(
+                stage=STAGE,
+                name=f"{name}, PNG, S3",
+                images=run.images,
+                images_per_s=second[name],
+                ratios={
+                    **ratios(second[name], {"best other": _best_other(alike)}),
+                    **ratios(first[name], {"best other, first epoch": _best_other(first)}),
+                },
+                cpu_ms_per_image=1e3 * usage.cpu_s / run.images,
+                peak_rss_mb=max(usage.peak_rss_mb for _, usage in runs[name]),
+                extra={
+                    "first epoch images/s": first[name],
+                    f"first batch of {BATCH}, warm, s": min(run.first_batch_s for run, _ in runs[name]),
+                },
+            )
         )
-        for name, (run, usage) in best.items()
-    ]
+    return rows
 
 
-def _whole(run: peers.PeerRun | StreamRun) -> float:
-    return run.images / run.wall_s
+def _as_peer(spec: StreamSpec, options: BenchOptions) -> tuple[PeerRun, Usage]:
+    with Usage() as usage:
+        found = stream_once(spec, options)
+    first, later = found.first_epoch(spec.plan.epochs)
+    return PeerRun(
+        images=found.images,
+        first_batch_s=found.first_batch_s,
+        first_pass_images_per_s=first,
+        second_pass_images_per_s=later,
+    ), usage
 
 
 def _best_other(rates: dict[str, float]) -> float | None:
-    return max((rate for name, rate in rates.items() if name != OURS), default=None)
+    return max((rate for name, rate in rates.items() if name not in (OURS, OURS_KEPT)), default=None)
 
 
 def _flat(options: BenchOptions, uri: str) -> Row:

@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from cxr_dist.bench.passes import StreamRun
 from cxr_dist.bench.pool import ProcessPool
 from cxr_dist.data.decode import StreamSpec
 from cxr_dist.data.plan import Plan, Split
@@ -72,3 +73,19 @@ def test_a_pool_decodes_every_task_once_and_passes_errors_on():
         with pytest.raises(DataError, match="row group is broken"):
             pool.run(stream_spec(validation=Rows("validation", broken=1)))
         assert pool.run(stream_spec(start=5)).images == 16 + 3
+
+
+def test_a_pass_tells_its_rates_between_blocks() -> None:
+    run = StreamRun(
+        blocks=((2.0, 100), (3.0, 200), (4.0, 400), (6.0, 800)), first_batch_s=2.0, rank_ms_per_step=1.0, bytes_read=0
+    )
+    assert (run.images, run.wall_s) == (800, 6.0)
+    assert run.settled_images_per_s == 600 / 3
+    first, second = run.first_epoch(2)
+    assert (first, second) == (400 / 4, 400 / 2)  # its start is in the first
+    first, later = run.first_epoch(8)
+    assert (first, later) == (100 / 2, 700 / 4)
+    first, later = run.first_epoch(4)
+    assert (first, later) == (200 / 3, 600 / 3)
+    between, _ = dataclasses.replace(run, blocks=((2.0, 100), (4.0, 300), (6.0, 400))).first_epoch(2)
+    assert between == 200 / 3
