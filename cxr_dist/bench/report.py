@@ -206,7 +206,7 @@ def chart(result: Mapping[str, Any], path: str | Path) -> None:
         about.get("commit"),
     ]
     figure.supxlabel(" · ".join(str(word) for word in words if word), fontsize=7, color="0.35", x=0.01, ha="left")
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=110)
 
 
 def _panel(panel: Any, stage: str, rows: Sequence[Row]) -> None:
@@ -223,7 +223,7 @@ def _panel(panel: Any, stage: str, rows: Sequence[Row]) -> None:
     panel.set_yticks(range(len(rows)), [row.name for row in rows], fontsize=8)
     panel.invert_yaxis()
     panel.set_title(stage, loc="left", fontsize=9, fontweight="bold")
-    panel.set_xlim(0, 2 * max(shown))
+    panel.set_xlim(0, 2.7 * max(shown))
     panel.tick_params(axis="x", labelsize=7)
     for side in ("top", "right"):
         panel.spines[side].set_visible(False)
