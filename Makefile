@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 
 export RAY_DISABLE_IMPORT_WARNING := 1
 
-.PHONY: help install demo test check format lock clean
+.PHONY: help install demo test drills check format lock clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -25,6 +25,11 @@ demo: install  ## a whole run in a few minutes: synthetic release, ingest, two D
 
 test: install check  ## lint, types, and every test
 	$(BIN)/python -m pytest
+
+drills: install  ## hurt real processes, and write what came of it to docs/reliability.md
+	rm -f outputs/drills.jsonl && mkdir -p outputs
+	CXR_DRILLS=$(CURDIR)/outputs/drills.jsonl $(BIN)/python -m pytest tests/drills -m drill
+	$(BIN)/python -m tests.drills.table outputs/drills.jsonl docs/reliability.md
 
 check: install  ## lint and types only
 	$(BIN)/ruff check .

@@ -199,6 +199,10 @@ class TrainConfig:
     """Arithmetic of the network; auto: bf16 where native, fp16 with a scaler on older GPUs, fp32 on CPU."""
     storage_path: str = ""
     """URI under which the run's checkpoints and scores are kept."""
+    checkpoint_every_steps: int = 1000
+    """Training steps between checkpoints within an epoch, beside those at its end; 0: none."""
+    keep_checkpoints: int = 1
+    """Checkpoints kept besides the best and the last."""
     max_failures: int = 3
     """Times that a failed group of workers is started again from the last checkpoint."""
     wait_for_nodes_s: int = 0
@@ -219,7 +223,9 @@ class TrainConfig:
             self.use_gpu,
             "yes or no with train.wait_for_nodes_s: what to ask the cluster for is not to be guessed",
         )
-        for name in ("micro_batch", "views", "patience", "max_failures", "wait_for_nodes_s", "seed"):
+        for name in ("micro_batch", "views", "patience", "checkpoint_every_steps", "keep_checkpoints"):
+            _require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "0 or more")
+        for name in ("max_failures", "wait_for_nodes_s", "seed"):
             _require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "0 or more")
         _require(self.cpus_per_worker > 0, "train.cpus_per_worker", self.cpus_per_worker, "a positive number of CPUs")
         _require(

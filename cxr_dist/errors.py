@@ -18,3 +18,7 @@ class DataError(InputError):
 
 class RunError(Exception):
     """The job failed after its input was accepted (NaN loss, too many corrupt images, a lost stream); jobs exit with 1."""
+
+
+class RunFaultError(Exception):
+    """A fault of the run itself that all ranks see alike: trying again would meet it again."""

@@ -7,6 +7,7 @@ has of a (key, step) is asked of the server, so records may be sent again, after
 each (key, step) is still logged once.
 """
 
+import itertools
 import json
 import logging
 import re
@@ -23,13 +24,15 @@ from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from cxr_dist.errors import DataError
 from cxr_dist.scrub import scrub
 
-__all__ = ["MetricJournal", "SystemMetrics", "send_unsent", "start_system_metrics"]
+__all__ = ["MetricJournal", "SystemMetrics", "send_records", "send_unsent", "start_system_metrics"]
 
 FORMAT = "cxr-dist-metrics/1"
 RECORDS_PER_SEND = 200
 METRICS_PER_REQUEST = 1000
 LONGEST_WAIT_S = 10.0
 ATTEMPTS_WHILE_CLOSING = 3
+MOST_CARRIED = 10_000
+"""Records that a checkpoint carries at most, some megabytes."""
 
 log = logging.getLogger(__name__)
 
@@ -77,15 +80,30 @@ class MetricJournal:
         with self._changed:
             if self._closing:
                 raise ValueError(f"{self.path}: the journal is closed, metrics of step {step} cannot be added")
-            fresh = {key: value for key, value in values.items() if (key, step) not in self._seen}
-            if not fresh:
-                return
-            record = {"step": int(step), "timestamp": time.time_ns() // 1_000_000, "metrics": fresh}
-            self._file.write(json.dumps(record) + "\n")
-            self._file.flush()
-            self._seen.update((key, step) for key in fresh)
-            self._records += 1
-            self._changed.notify_all()
+            self._append(int(step), time.time_ns() // 1_000_000, values)
+
+    def unsent_records(self, most: int = MOST_CARRIED) -> list[dict[str, Any]]:
+        """The latest records in the file, `most` of them, that the server has not confirmed: what a checkpoint carries."""
+        with self._changed:
+            sent, unsent = self._sent, self._records - self._sent
+        skipped = sent + max(0, unsent - most)
+        return list(itertools.islice(_read(self.path, self._run_id), skipped, sent + unsent)) if unsent else []
+
+    def add(self, records: Iterable[Mapping[str, Any]]) -> None:
+        """Take in records of another journal of this run, as `unsent_records` gave them."""
+        with self._changed:
+            for record in records:
+                self._append(record["step"], record["timestamp"], record["metrics"])
+
+    def _append(self, step: int, timestamp: int, metrics: Mapping[str, float]) -> None:
+        fresh = {key: value for key, value in metrics.items() if (key, step) not in self._seen}
+        if not fresh:
+            return
+        self._file.write(json.dumps({"step": step, "timestamp": timestamp, "metrics": fresh}) + "\n")
+        self._file.flush()
+        self._seen.update((key, step) for key in fresh)
+        self._records += 1
+        self._changed.notify_all()
 
     def flush(self, timeout_s: float = 10.0) -> int:
         """Wait until the server has everything, at most `timeout_s` seconds; returns the number of unsent records."""
@@ -159,6 +177,11 @@ def send_unsent(journal_path: str | Path, tracking_uri: str, run_id: str) -> int
             sent += sender.send(batch)
             batch = []
     return sent + sender.send(batch)
+
+
+def send_records(records: Iterable[Mapping[str, Any]], tracking_uri: str, run_id: str) -> int:
+    """Send what the server lacks of records that `unsent_records` gave; as `send_unsent` otherwise."""
+    return _Sender(tracking_uri, run_id).send(records)
 
 
 class SystemMetrics:

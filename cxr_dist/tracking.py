@@ -22,6 +22,7 @@ from mlflow.entities import Dataset, DatasetInput, Experiment, InputTag, Param, 
 from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT, MLFLOW_GIT_COMMIT
 
+from cxr_dist import unsent
 from cxr_dist.config import Config
 from cxr_dist.errors import InputError
 from cxr_dist.journal import MetricJournal
@@ -44,13 +45,22 @@ Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 
 def open_run(
-    config: Config, *, run_id: str | None, params: Mapping[str, object], tags: Mapping[str, object], storage_dir: str
+    config: Config,
+    *,
+    run_id: str | None,
+    params: Mapping[str, object],
+    tags: Mapping[str, object],
+    storage_dir: str,
+    folder: str = "",
+    is_ours: Callable[[], bool] = lambda: True,
 ) -> "TrackedRun":
     """The run of `config`, created on `with` (or reopened, with `run_id`) and closed with its true status at the end.
 
-    `storage_dir` is a local folder that outlives the process; the driver's own metrics wait there for the server.
+    `storage_dir` is a local folder that outlives the process; the driver's own metrics wait there for the server, and if
+    it does not come back, under `folder`, the run's folder in storage. Once `is_ours` is false, another process has taken
+    the run over, and this one leaves it as it is.
     """
-    return TrackedRun(config, run_id, params, tags, Path(storage_dir))
+    return TrackedRun(config, run_id, params, tags, Path(storage_dir), folder, is_ours)
 
 
 class TrackedRun:
@@ -68,6 +78,8 @@ class TrackedRun:
         params: Mapping[str, object],
         tags: Mapping[str, object],
         storage_dir: Path,
+        folder: str = "",
+        is_ours: Callable[[], bool] = lambda: True,
     ) -> None:
         self.tracking_uri = absolute_uri(config.tracking.uri)
         self.missed: list[str] = []
@@ -77,7 +89,10 @@ class TrackedRun:
         self._params = params
         self._tags = tags
         self._storage_dir = storage_dir
+        self._folder, self._is_ours = folder, is_ours
         self._journal: MetricJournal | None = None
+        self.told_to_stop = False
+        """Whether SIGTERM has come. The SystemExit that it raises may reach others with another code (out of `ray.get`)."""
         self._old_sigterm: Any = None
         self._opened = False
         self._closed = False
@@ -144,6 +159,11 @@ class TrackedRun:
             self._journal = MetricJournal(path, self.tracking_uri, self.run_id)
         self._journal.log(metrics, step=step, epoch=epoch)
 
+    def send_kept(self) -> None:
+        """Send metrics that the server did not take in earlier attempts at the run."""
+        if self._folder:
+            self._try("metrics of earlier attempts", lambda: unsent.send(self._folder, self.tracking_uri, self.run_id))
+
     def log_artifact(self, path: str | Path, artifact_path: str | None = None) -> None:
         """Keep a file with the run."""
         if not Path(path).is_file():
@@ -182,6 +202,9 @@ class TrackedRun:
         with self._sigterm_ignored():
             if not self._opened:
                 return
+            if not self._is_ours():
+                log.error("run %s has been taken over by another process; its status is left to that one", self._run_id)
+                return
             longest_s = KILLED_CLOSE_S if status == "KILLED" else CLOSE_S
             closing = threading.Thread(target=self._close, args=(status, failure, longest_s), daemon=True)
             closing.start()
@@ -194,7 +217,7 @@ class TrackedRun:
         if status == "KILLED":
             # The status first: there may be no time for anything else.
             self._try(f"status {status}", lambda: self._client.set_terminated(self.run_id, status))
-        if self._journal is not None and self._journal.close(longest_s / 2):
+        if self._journal is not None and unsent.close(self._journal, self._folder, longest_s / 2):
             self.missed.append(f"metrics in {self._journal.path}")
         if status != "KILLED":
             if failure:
@@ -267,9 +290,13 @@ class TrackedRun:
         self.missed.append(what)
         log.warning("MLflow run %s lacks %s: %s", self._run_id, what, _one_line(error))
 
+    def _on_sigterm(self, signum: int, frame: FrameType | None) -> None:
+        self.told_to_stop = True
+        raise SystemExit(128 + signum)
+
     def _catch_sigterm(self) -> None:
         if threading.current_thread() is threading.main_thread():
-            self._old_sigterm = signal.signal(signal.SIGTERM, _raise_exit) or signal.SIG_DFL
+            self._old_sigterm = signal.signal(signal.SIGTERM, self._on_sigterm) or signal.SIG_DFL
 
     @contextlib.contextmanager
     def _sigterm_ignored(self) -> Iterator[None]:
@@ -281,7 +308,7 @@ class TrackedRun:
         try:
             yield
         finally:
-            signal.signal(signal.SIGTERM, self._old_sigterm if current is _raise_exit else current)
+            signal.signal(signal.SIGTERM, self._old_sigterm if current == self._on_sigterm else current)
 
 
 def absolute_uri(tracking_uri: str) -> str:
@@ -317,7 +344,3 @@ def _git_tags() -> dict[str, str]:
 
 def _one_line(error: BaseException) -> str:
     return scrub(" ".join(str(error).split()))[:1000]
-
-
-def _raise_exit(signum: int, frame: FrameType | None) -> None:
-    raise SystemExit(128 + signum)

@@ -7,7 +7,7 @@ import json
 import multiprocessing
 import traceback
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -26,14 +26,17 @@ from cxr_dist.data.nih import FINDINGS
 from cxr_dist.data.plan import Plan, Split, Step
 from cxr_dist.data.resident import ResidentShard
 from cxr_dist.data.stream import Batch, EmptyShard
+from cxr_dist.errors import RunFaultError
 from cxr_dist.model import weights
 from cxr_dist.model.augment import to_input
 from cxr_dist.train import validation
 from cxr_dist.train.cache import build, look
+from cxr_dist.train.checkpoint import Checkpoints
 from cxr_dist.train.distributed import Ranks
 from cxr_dist.train.job import TrainJob
-from cxr_dist.train.loop import RunFaultError, Trainer
+from cxr_dist.train.loop import Trainer
 from cxr_dist.train.monitor import Monitor
+from cxr_dist.train.notice import Notice, Wish
 from cxr_dist.train.prefix_pass import ComputeAlone, DecodeShard, Name, Place, Task, WriteShards
 from cxr_dist.train.survey import survey
 from cxr_dist.train.validation import Validation
@@ -184,20 +187,21 @@ class WatchedTrainer(Trainer):
     """The real trainer, which notes each step's loss and the first step's summed gradients, and can be interrupted."""
 
     crash_at: int | None = None
-    """Step of the run before which this rank dies."""
+    """Step of the run at which this rank dies: before it is trained on, or after it is validated."""
     stop_after: int | None = None
     """Epoch after whose end this rank stops."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.losses: list[float] = []
+        self.loss_at: dict[int, float] = {}
         self.reports: list[dict[str, Any]] = []
         self.gradients: dict[str, torch.Tensor] = {}
-        self.optimizer.register_step_pre_hook(self._note_gradients)
+        self.learner.optimizer.register_step_pre_hook(self._note_gradients)
 
     def _note_gradients(self, *_: Any) -> None:
         if not self.gradients:
-            named = self.network.tail.named_parameters()
+            named = self.learner.network.tail.named_parameters()
             self.gradients = {name: value.grad.clone() for name, value in named if value.grad is not None}
 
     def train_step(self, batch: Batch) -> torch.Tensor:
@@ -205,10 +209,18 @@ class WatchedTrainer(Trainer):
             raise InterruptionError
         loss = super().train_step(batch)
         self.losses.append(float(loss))
+        self.loss_at[batch.step.index] = float(loss)
         return loss
+
+    def checkpoint_in_epoch(self, step: Step) -> None:
+        super().checkpoint_in_epoch(step)
+        self.saver.wait()  # so that none is left out for want of time
+        if step.kind == "validation" and step.index == self.crash_at:
+            raise InterruptionError
 
     def end_epoch(self, step: Step) -> Validation:
         found = super().end_epoch(step)
+        self.saver.wait()
         self.reports.append({"epoch": step.epoch, "val_loss": found.loss, "val_auroc": found.mean_auroc})
         if step.epoch == self.stop_after:
             raise InterruptionError
@@ -236,26 +248,59 @@ def memory_manifest(job: TrainJob) -> Iterator[None]:
         yield
 
 
-def make_trainer(job: TrainJob, ranks: Ranks, *, resident: bool = False) -> WatchedTrainer:
-    """A trainer of this rank over the run's remaining steps; `resident`: from features in memory."""
+class WatchedMonitor(Monitor):
+    """The real monitor, which notes what losses it was to log."""
+
+    def __init__(self, job: TrainJob, ranks: Ranks):
+        super().__init__(job, ranks)
+        self.logged_losses: dict[int, list[float]] = {}
+
+    def log_steps(self, step: Step, losses: list[float], **about: Any) -> None:
+        self.logged_losses[step.index] = losses
+        super().log_steps(step, losses, **about)
+
+
+class Asked(Notice):
+    """Someone wants a checkpoint after certain steps of this attempt, counted from 1."""
+
+    def __init__(self, ranks: Ranks, after: Collection[int]):
+        super().__init__(ranks)
+        self.after, self.count = after, 0
+
+    def wanted(self) -> Wish | None:
+        self.count += 1
+        return Wish("the test asks") if self.count in self.after else None
+
+
+def make_trainer(
+    job: TrainJob, ranks: Ranks, *, resident: bool = False, ask_after: Collection[int] = ()
+) -> WatchedTrainer:
+    """A trainer of this rank over the run's remaining steps; `resident`: from features in memory; a checkpoint is asked
+    for after the steps numbered `ask_after`."""
     spec = job.remaining(ranks.world_size)
     shard: Any = Shard(spec, ranks.rank) if spec.num_tasks else EmptyShard()
     if resident:
         assert job.features is not None
         shard = ResidentShard(sets=job.features, refs=None, start=job.position())
-    return WatchedTrainer(job, ranks, Monitor(job, ranks), shard=shard, device=torch.device("cpu"))
+    notice, monitor = Asked(ranks, ask_after), WatchedMonitor(job, ranks)
+    return WatchedTrainer(job, ranks, monitor, shard=shard, device=torch.device("cpu"), notice=notice)
 
 
 def run_rank(
-    job: TrainJob, *, stop_after: int | None = None, crash_at: int | None = None, resident: bool = False
+    job: TrainJob,
+    *,
+    stop_after: int | None = None,
+    crash_at: int | None = None,
+    resident: bool = False,
+    ask_after: Collection[int] = (),
 ) -> dict[str, Any]:
-    """Train on this rank to the end of the run, or until it is interrupted: after the end of epoch `stop_after`, or
-    before step `crash_at`. What it saw, and the run's result unless it was interrupted or failed."""
+    """Train on this rank to the end of the run, or until it is interrupted: after the end of epoch `stop_after`, or at
+    step `crash_at`. What it saw, and the run's result unless it was interrupted or failed."""
     ranks = Ranks.join(60)
     with memory_manifest(job):
-        trainer = make_trainer(job, ranks, resident=resident)
+        trainer = make_trainer(job, ranks, resident=resident, ask_after=ask_after)
         trainer.crash_at, trainer.stop_after = crash_at, stop_after
-        before = weights.sha256(trainer.network.prefix.state_dict())
+        before = weights.sha256(trainer.learner.network.prefix.state_dict())
         seen: dict[str, Any] = {"error": None, "interrupted": False}
         try:
             trainer.run()
@@ -268,8 +313,10 @@ def run_rank(
     return seen | {
         "reports": trainer.reports,
         "losses": ranks.sum(trainer.losses),
+        "loss_at": trainer.loss_at,
+        "logged_losses": trainer.monitor.logged_losses,  # type: ignore[attr-defined]
         "gradients": {name: value.numpy() for name, value in trainer.gradients.items()},
-        "prefix_kept": before == weights.sha256(trainer.network.prefix.state_dict()),
+        "prefix_kept": before == weights.sha256(trainer.learner.network.prefix.state_dict()),
         "gradients_sha256": weights.sha256(trainer.gradients),
     }
 
@@ -328,3 +375,11 @@ def _serve(pipe: Connection) -> None:
 
 def file_sha256(path: str | Path) -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def best_scores(job: TrainJob) -> Path:
+    """Validation scores of the run's best checkpoint."""
+    checkpoints = Checkpoints(job.folder)
+    best = checkpoints.best() or checkpoints.entries()[-1]
+    assert best.scores is not None
+    return Path(checkpoints.folder, best.scores)

@@ -22,7 +22,7 @@ from cxr_dist import storage
 from cxr_dist.data import nih
 from cxr_dist.errors import DataError
 
-__all__ = ["FORMAT", "ScoreTable", "from_logits", "read", "read_external", "write"]
+__all__ = ["FORMAT", "ScoreTable", "encoded", "from_logits", "read", "read_external", "write"]
 
 FORMAT = "cxr-dist/scores/1"
 _PREFIX = "prob_"
@@ -100,6 +100,11 @@ def from_logits(
 
 def write(table: ScoreTable, uri_or_path: str | Path) -> None:
     """Write a table as one Parquet file, whole or not at all."""
+    storage.put_atomic(str(uri_or_path), encoded(table))
+
+
+def encoded(table: ScoreTable) -> bytes:
+    """A table as the Parquet file that `write` writes."""
     columns: dict[str, Any] = {
         "image_id": pa.array(table.image_ids.tolist(), pa.string()),
         "patient_id": pa.array(table.patient_ids, pa.int64()),
@@ -113,7 +118,7 @@ def write(table: ScoreTable, uri_or_path: str | Path) -> None:
     metadata = {"format": FORMAT, "split": table.split}
     buffer = io.BytesIO()
     pq.write_table(pa.table(columns).replace_schema_metadata(metadata), buffer)
-    storage.put_atomic(str(uri_or_path), buffer.getvalue())
+    return buffer.getvalue()
 
 
 def read(path: str | Path) -> ScoreTable:

@@ -10,9 +10,10 @@ from cxr_dist.errors import ConfigError, InputError
 from cxr_dist.train.checkpoint import Checkpoints
 from cxr_dist.train.job import TrainJob
 
-__all__ = ["Identity"]
+__all__ = ["Identity", "read_run"]
 
 FORMAT = 1
+FILE = "run.json"
 
 FREE = {
     "train.num_workers",
@@ -21,6 +22,8 @@ FREE = {
     "train.threads_per_worker",
     "train.micro_batch",
     "train.max_failures",
+    "train.checkpoint_every_steps",
+    "train.keep_checkpoints",
     "train.wait_for_nodes_s",
     "train.log_every_steps",
     "train.features",
@@ -52,20 +55,14 @@ class Identity:
     @classmethod
     def claim(cls, job: TrainJob, *, resume: str) -> "Identity":
         """The identity of the job's run; ConfigError if `resume` or the config does not allow to go on with it."""
-        where = storage.join(job.folder, "run.json")
+        where, found = storage.join(job.folder, FILE), read_run(job.folder)
         name = job.config.run.name
-        try:
-            found = json.loads(storage.read_bytes(where))
-        except FileNotFoundError:
-            found = None
         if resume == "must" and not Checkpoints(job.folder).entries():
             raise ConfigError(
                 f"run.resume: found no checkpoint of run {name} under {job.folder}, expected one for must"
             )
         if found is None:
             return cls(where, None)
-        if found.get("format") != FORMAT:
-            raise InputError(f"{where}: found format {found.get('format')!r}, expected {FORMAT}")
         if resume == "never":
             raise ConfigError(
                 f"run.name: found a run {name} under {job.folder}; give another run.name, or run.resume auto"
@@ -97,6 +94,18 @@ class Identity:
             "config": decisive(job.config),
         }
         storage.put_atomic(self.where, json.dumps(content, indent=1).encode())
+
+
+def read_run(folder: str) -> dict[str, Any] | None:
+    """The file of the run in `folder`; None if there is none."""
+    where = storage.join(folder, FILE)
+    try:
+        found: dict[str, Any] = json.loads(storage.read_bytes(where))
+    except FileNotFoundError:
+        return None
+    if found.get("format") != FORMAT:
+        raise InputError(f"{where}: found format {found.get('format')!r}, expected {FORMAT}")
+    return found
 
 
 def decisive(config: Config) -> dict[str, Any]:

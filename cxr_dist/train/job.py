@@ -35,6 +35,10 @@ class TrainJob:
     tracking_uri: str
     run_id: str
     use_gpu: bool
+    owner: int = 0
+    """Number of the lease under which the run is written (`train.lease`)."""
+    stop_word: str = ""
+    """Where the driver says that a checkpoint is wanted now (`train.notice.StopWord`); empty: nowhere."""
     features: dict[tuple[str, int], FeatureSet] | None = None
     """Stored features that take the place of the images, by (split, view); None where the prefix runs in training."""
 

@@ -1,4 +1,4 @@
-"""The training loop of one rank: next batch, forward, loss, backward, step; validate and checkpoint each epoch.
+"""The training loop of one rank: next batch, forward, loss, backward, step; checkpoint; validate each epoch.
 
 Everything that must agree over the ranks (the plan, the position, when to stop) is computed from the same numbers on
 each of them or sent from rank 0; the only random numbers come with the batch.
@@ -13,27 +13,24 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import ray.train
 import ray.train.torch
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
-from cxr_dist import storage
 from cxr_dist.data.plan import Step
 from cxr_dist.data.resident import ResidentFeed, ResidentShard
 from cxr_dist.data.stream import Batch, Stream
+from cxr_dist.errors import RunFaultError
 from cxr_dist.model import weights
-from cxr_dist.model.batchnorm import discard_statistics, group_norms, update_running_statistics
-from cxr_dist.model.features import from_bytes
-from cxr_dist.model.network import Network, masked_loss
 from cxr_dist.train.checkpoint import Checkpoints
-from cxr_dist.train.distributed import Ranks, parallel
+from cxr_dist.train.distributed import Ranks
 from cxr_dist.train.feed import resident_feed
 from cxr_dist.train.job import TrainJob
+from cxr_dist.train.learner import Learner
 from cxr_dist.train.monitor import Monitor, Spent
-from cxr_dist.train.optimize import Schedule, make_optimizer
+from cxr_dist.train.notice import Notice, StopWord
 from cxr_dist.train.progress import Progress
+from cxr_dist.train.saver import PATIENCE_S, Saver
 from cxr_dist.train.validation import Validation
 
 __all__ = ["train_rank"]
@@ -53,23 +50,26 @@ def train_rank(parameters: dict[str, TrainJob]) -> dict[str, Any]:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("ray.train").setLevel(logging.WARNING)
     device = ray.train.torch.get_device() if job.use_gpu else torch.device("cpu")
-    with Monitor(job, ranks) as monitor:
+    stop = StopWord(job.stop_word) if job.stop_word else None
+    with (
+        Monitor(job, ranks) as monitor,
+        Notice(ranks, stop=stop, preemption=ray.train.get_preemption_info) as notice,
+    ):
         try:
-            trainer = Trainer(job, ranks, monitor, shard=ray.train.get_dataset_shard("run"), device=device)
+            trainer = Trainer(
+                job, ranks, monitor, shard=ray.train.get_dataset_shard("run"), device=device, notice=notice
+            )
             trainer.run()
         except RunFaultError as fault:
             return {"error": str(fault)}
         return trainer.result()
 
 
-class RunFaultError(Exception):
-    """A fault of the run itself that all ranks see alike."""
-
-
 class Trainer:
-    """The state of one rank: network, optimizer, position and what has been seen so far.
+    """The run on one rank: what learns, where it stands, what it has seen, and what it leaves behind.
 
-    `shard` is the rank's part of the stream (anything with `iter_batches`), or the features that stay in memory.
+    `shard` is the rank's part of the stream (anything with `iter_batches`), or the features that stay in memory;
+    `notice` tells when a checkpoint is wanted at once (None: never).
     """
 
     def __init__(
@@ -80,6 +80,7 @@ class Trainer:
         *,
         shard: Any,
         device: torch.device,
+        notice: Notice | None = None,
     ):
         self.job, self.ranks, self.monitor = job, ranks, monitor
         self.config = job.config.train
@@ -87,58 +88,34 @@ class Trainer:
         if not isinstance(shard, ResidentShard):
             stream = Stream(shard=shard, plan=job.plan, rank=ranks.rank, world_size=ranks.world_size, size=job.row_size)
             stream.begin()  # the decoders start while the network is made
-        if device.type == "cpu":
-            torch.set_num_threads(self.config.threads_per_worker)
-        else:
-            torch.cuda.set_device(device)
-        initial = weights.restore(storage.read_bytes(storage.join(job.folder, "initial.pt")), "initial.pt")
-        self.network = Network.build(
-            initial, job.config.model, num_findings=len(job.findings), precision=self.config.precision, device=device
-        )
-        kinds = ranks.gather(self.network.precision)
-        if len(set(kinds)) > 1:
-            raise RunFaultError(
-                f"train.precision: auto is {', '.join(kinds)} on ranks 0, 1, …, which cannot be mixed; name one that all "
-                "devices can do"
-            )
-        tail = self.network.tail.train()
-        self.model = parallel(tail, ranks)
-        self.norms = group_norms(tail)
-        trained = [parameter for parameter in tail.parameters() if parameter.requires_grad]
-        self.gradient_bytes = sum(parameter.numel() * parameter.element_size() for parameter in trained)
-        self.optimizer = make_optimizer(job.config.optimizer, trained, self.config.global_batch)
-        self.schedule = Schedule(
-            job.config.optimizer,
-            self.optimizer,
-            steps_per_epoch=job.plan.train_steps,
-            epochs=self.config.epochs,
-        )
-        self.scaler = torch.amp.GradScaler(device.type, enabled=self.network.autocast is torch.float16)
-        self.pos_weight = None
-        if job.pos_weight is not None:
-            self.pos_weight = torch.tensor(job.pos_weight, device=device, dtype=self.network.dtype)
+        self.learner = Learner(job, ranks, device)
         self.progress = Progress()
-        self.own_s = 0.0
-        """Seconds up to the first backward of every step: what a rank does before it meets the others."""
-        self.checkpoints = Checkpoints(job.folder)
+        self.checkpoints = Checkpoints(job.folder, owner=job.owner, more=self.config.keep_checkpoints)
+        # the other ranks wait for rank 0 no longer than for one another
+        self.saver = Saver(self.checkpoints, patience_s=min(PATIENCE_S, self.config.process_group_timeout_s / 2))
+        self.notice = notice or Notice(ranks)
+        self.before_validation: dict[str, Any] = {}
+        """Of the progress, what a state from the middle of a validation has: the network does not change in one."""
         self.feed: Stream | ResidentFeed = stream or resident_feed(shard, job, ranks, device)
 
     def run(self) -> None:
-        with contextlib.closing(iter(self.feed)) as delivered:
+        with self.saver, contextlib.closing(iter(self.feed)) as delivered:
             batches = self.resume(delivered)
-            self.settle_buckets()
+            self.learner.settle_buckets()
             self.monitor.start(self.progress.index)
             for batch in batches:
                 if batch.step.kind == "train":
-                    self.progress.trained(batch, self.train_step(batch))
+                    self.progress.trained(batch, self.train_step(batch), self.ranks.rank)
                     if (batch.step.number + 1) % self.config.log_every_steps == 0 or self.last_of_kind(batch.step):
                         self.check_and_log(batch.step)
                 else:
-                    self.progress.validated(batch, self.network.score_features(self.features_of(batch)))
+                    self.progress.validated(batch, self.learner.score(batch))
                     if self.last_of_kind(batch.step):
                         self.end_epoch(batch.step)
                         if self.progress.stopped:
                             break
+                        continue
+                self.checkpoint_in_epoch(batch.step)
 
     def resume(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """Take up the state that belongs to the first batch delivered, or the last one if there is nothing left."""
@@ -155,98 +132,79 @@ class Trainer:
         if entry is not None:
             self.load_state(self.checkpoints.load(entry))
             log.info("resumed from step %d (epoch %d)", entry.index, entry.epoch)
+            self.before_validation = self.progress.state_dict()
         return itertools.chain([first] if first else [], batches)
-
-    def settle_buckets(self) -> None:
-        """Two throw-away backwards: DDP orders its gradient buckets anew after the first, and the order decides how
-        sums round. Without them a resumed run would not repeat an uninterrupted one bit for bit."""
-        share = self.config.micro_batch or self.job.plan.rank_batch(self.ranks.world_size)
-        features = self.network.features(np.zeros((1, self.job.size, self.job.size), dtype=np.uint8))
-        features = features.new_zeros((share, *features.shape[1:])).contiguous(memory_format=torch.channels_last)
-        for _ in range(2):
-            with self.network.mixed():
-                self.model(features).float().sum().mul(0.0).backward()
-        self.optimizer.zero_grad(set_to_none=True)
-        discard_statistics(self.norms)
-
-    def features_of(self, batch: Batch) -> torch.Tensor:
-        """The prefix's output for a batch: stored, or computed now."""
-        if batch.features is not None:
-            found = self.job.features["validation", 0]  # type: ignore[index]  # features come only where the job has them
-            return self.network.stored(from_bytes(batch.features, found.shape_HWC, found.kind))
-        augmented = self.config.augment and batch.step.kind == "train"
-        return self.network.features(batch.images_BSS, batch.draws_B6 if augmented else None)
 
     def train_step(self, batch: Batch) -> torch.Tensor:
         """One optimizer step; this rank's part of the global loss, on the device."""
-        network, findings = self.network, len(self.job.findings)
-        began = time.perf_counter()
-        features = self.features_of(batch)
-        labels, valid = network.transfer(batch.labels_BK), network.transfer(batch.valid_B)
-        micro = self.config.micro_batch or len(labels)
-        divisor = self.config.global_batch * findings
-        total = torch.zeros((), device=network.device, dtype=network.dtype)
-        for start in range(0, len(labels), micro):
-            part = slice(start, start + micro)
-            last = start + micro >= len(labels)
-            with self.gradients_stay_local(not last):
-                with network.mixed():
-                    logits = self.model(features[part])
-                if start == 0:
-                    self.own_s += time.perf_counter() - began
-                loss = masked_loss(logits, labels[part], valid[part], self.pos_weight, divisor=divisor)
-                # DDP averages over the ranks; the sum is wanted
-                self.scaler.scale(loss * self.ranks.world_size).backward()
-            total += loss.detach()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        update_running_statistics(self.norms)
-        self.schedule.after_step()
-        return total
-
-    def gradients_stay_local(self, local: bool) -> contextlib.AbstractContextManager:
-        if local and isinstance(self.model, DistributedDataParallel):
-            return self.model.no_sync()
-        return contextlib.nullcontext()
+        return self.learner.step(batch)
 
     def last_of_kind(self, step: Step) -> bool:
         plan = self.job.plan
         return step.number + 1 == (plan.train_steps if step.kind == "train" else plan.validation_steps)
 
-    def check_and_log(self, step: Step) -> None:
-        """Once in a while: sum the losses over the ranks, stop on a fault, log."""
-        losses = self.ranks.sum(self.progress.take_losses())
-        for number, loss in zip(range(step.number + 1 - len(losses), step.number + 1), losses, strict=True):
+    def merge(self, step: Step) -> None:
+        """What each rank has seen since the last time becomes the run's; stop on a loss that is no number. Collective."""
+        mine, images = self.progress.take_losses()
+        losses = self.ranks.sum(mine)
+        for number, loss in enumerate(losses):
             if not math.isfinite(loss):
-                ids = [name for names in self.ranks.gather(self.progress.epoch_ids[number]) for name in names]
+                ids = [name for names in self.ranks.gather(images[number]) for name in names]
                 raise RunFaultError(
-                    f"loss became {loss} at step {number} of epoch {step.epoch}, images {', '.join(ids)}; lower "
-                    "optimizer.lr or look at these images"
+                    f"loss became {loss} at step {step.number + 1 - len(losses) + number} of epoch {step.epoch}, images "
+                    f"{', '.join(ids)}; lower optimizer.lr or look at these images"
                 )
+        self.progress.window += losses
+        self.progress.merge(self.ranks.gather(self.progress.take_seen(self.feed.corrupt)))
+
+    def check_and_log(self, step: Step) -> None:
+        """Once in a while: merge, stop on a fault, log."""
+        self.merge(step)
         self.check_corrupt()
         self.monitor.log_steps(
             step,
-            losses,
-            lr=self.optimizer.param_groups[0]["lr"],
+            self.progress.take_window(),
+            lr=self.learner.lr,
             wait_s=self.feed.wait_s,
-            spent=self.ranks.gather(Spent.by(self.feed, self.own_s)),
+            spent=self.ranks.gather(Spent.by(self.feed, self.learner.own_s)),
         )
+        if self.last_of_kind(step):
+            self.before_validation = self.progress.state_dict()
 
     def check_corrupt(self) -> None:
-        """Stop if more images of this epoch are unreadable than the config allows."""
+        """Stop if more images of this epoch are unreadable than the config allows; all must be merged."""
         plan, allowed = self.job.plan, self.job.config.data.max_corrupt
-        [found] = self.ranks.sum([float(self.progress.corrupt_in_epoch)])
-        rows = plan.train_steps * plan.global_batch + plan.validation.num_rows
+        found, rows = self.progress.corrupt_in_epoch, plan.train_steps * plan.global_batch + plan.validation.num_rows
         if found > allowed * rows:
-            names = sorted({name for seen in self.ranks.gather(self.feed.corrupt) for name in seen})
             raise RunFaultError(
-                f"{found:.0f} of {rows} images of an epoch are unreadable, allowed are data.max_corrupt = {allowed:g} "
-                f"of them; first {', '.join(names[:5])}; mend or ingest these images again"
+                f"{found} of {rows} images of an epoch are unreadable, allowed are data.max_corrupt = {allowed:g} "
+                f"of them; first {', '.join(sorted(self.progress.corrupt)[:5])}; mend or ingest these images again"
             )
+
+    def checkpoint_in_epoch(self, step: Step) -> None:
+        """Within an epoch: save the state every so many steps, or because someone wants one. Collective."""
+        wanted, every = self.notice.wanted(), self.config.checkpoint_every_steps
+        if not wanted and not (step.kind == "train" and every and self.progress.steps % every == 0):
+            return
+        progress = self.before_validation
+        if step.kind == "train" and not self.last_of_kind(step):
+            self.merge(step)
+            progress = self.progress.state_dict()
+        if self.ranks.rank != 0:
+            return
+        if wanted:
+            log.warning("checkpoint before step %d now: %s", progress["index"], wanted.reason)
+        self.saver.save(
+            self.state(progress),
+            index=progress["index"],
+            epoch=step.epoch,
+            needed=wanted is not None,
+            then=wanted.then if wanted else None,
+        )
 
     def end_epoch(self, step: Step) -> Validation:
         """Validate, step the schedule, decide whether to stop, checkpoint: alike on every rank. The validation."""
+        self.merge(step)
         self.check_corrupt()
         parts = self.ranks.gather(self.progress.take_validation())
         validation = Validation.join(parts, self.job)
@@ -255,35 +213,29 @@ class Trainer:
                 f"validation loss became {validation.loss} after epoch {step.epoch}; lower optimizer.lr (no checkpoint "
                 "of this epoch was kept)"
             )
-        self.schedule.after_epoch(validation.loss)
-        for seen in self.ranks.gather(self.feed.corrupt):
-            self.progress.corrupt |= seen
-        ids_of_ranks = self.ranks.gather(self.progress.take_epoch_ids())
-        self.progress.end_epoch(ids_of_ranks, validation, patience=self.config.patience)
+        self.learner.schedule.after_epoch(validation.loss)
+        self.progress.end_epoch(validation, patience=self.config.patience)
         if self.ranks.rank == 0:
-            if self.progress.is_best:
-                validation.write_scores(self.job)
-            self.checkpoints.save(
-                self.state(),
+            self.saver.save(
+                self.state(self.progress.state_dict()),
                 index=self.progress.index,
                 epoch=step.epoch,
                 score=validation.mean_auroc,
                 finished=self.progress.stopped or self.progress.index == self.job.plan.num_steps,
+                needed=True,
+                scores=lambda: validation.scores_file(self.job),
             )
             self.monitor.log_epoch(step, validation, self.progress)
         return validation
 
-    def state(self) -> dict[str, Any]:
-        """All that a resume needs; no random state, for there is none."""
+    def state(self, progress: dict[str, Any]) -> dict[str, Any]:
+        """All that a resume needs, with this state of the progress; no random state, for there is none."""
         return {
-            "tail": self.network.tail.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "progress": self.progress.state_dict(),
+            **self.learner.state_dict(),
+            "progress": progress,
+            "journal": self.monitor.unsent_records(),
             "findings": list(self.job.findings),
             "model": dataclasses.asdict(self.job.config.model),
-            "precision": self.network.precision,
             "size": self.job.size,
             "pixels_version": self.job.pixels_version,
             "manifest_sha256": self.job.manifest_sha256,
@@ -292,24 +244,17 @@ class Trainer:
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        if state["precision"] != self.network.precision:
-            raise RunFaultError(
-                f"train.precision: found {self.network.precision} on these devices, expected {state['precision']}, which the "
-                "run was begun in; use such devices again, or another run.name"
-            )
-        self.network.tail.load_state_dict(state["tail"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
-        self.scaler.load_state_dict(state["scaler"])
+        self.learner.load_state_dict(state)
         self.progress.load_state_dict(state["progress"])
+        self.monitor.restore(state["journal"])
 
     def result(self) -> dict[str, Any]:
         """What the driver needs of the finished training; a collective call."""
         return {
             **self.progress.summary(),
             "dropped_per_epoch": self.job.plan.dropped_rows,
-            "gradient_mb_per_step": round(self.gradient_bytes / 2**20, 2),
-            "weights_sha256": weights.sha256(self.network.tail.state_dict()),
+            "gradient_mb_per_step": round(self.learner.gradient_bytes / 2**20, 2),
+            "weights_sha256": weights.sha256(self.learner.network.tail.state_dict()),
             "corrupt": self.progress.corrupt,
             **self.monitor.summary(self.feed),
         }

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
+from cxr_dist import unsent
 from cxr_dist.data.plan import Step
 from cxr_dist.data.resident import ResidentFeed
 from cxr_dist.data.stream import Stream
@@ -48,12 +49,13 @@ class Monitor:
         self.job, self.ranks = job, ranks
         self.journal: MetricJournal | None = None
         self.began = self.logged = time.perf_counter()
-        self.first_index = 0
+        self.first_index = self.logged_index = 0
         self.logged_wait_s = 0.0
         self.logged_own_s: list[float] = []
         self.epoch_began = self.began
         self.epoch_s: list[float] = []
-        """Seconds of each epoch, validation and checkpoint included."""
+        """Seconds of each epoch that was begun here, validation and checkpoint included."""
+        self.epoch_is_whole = True
 
     def __enter__(self) -> Self:
         logging.getLogger("mlflow").setLevel(logging.WARNING)
@@ -67,26 +69,37 @@ class Monitor:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self.journal is not None:
-            self.journal.close()
+            unsent.close(self.journal, self.job.folder)
 
     def start(self, index: int) -> None:
         """Begin to keep time: the first batch is here and the network is ready."""
-        self.first_index = index
+        self.first_index = self.logged_index = index
+        self.epoch_is_whole = index % self.job.plan.steps_per_epoch == 0
         self.began = self.logged = self.epoch_began = time.perf_counter()
 
+    def unsent_records(self) -> list[dict[str, Any]]:
+        """Metrics that the server has not confirmed yet; they go with a checkpoint, for this node may be lost."""
+        return [] if self.journal is None else self.journal.unsent_records()
+
+    def restore(self, records: list[dict[str, Any]]) -> None:
+        """Take up the metrics that came with a checkpoint."""
+        if self.journal is not None:
+            self.journal.add(records)
+
     def log_steps(self, step: Step, losses: list[float], *, lr: float, wait_s: float, spent: list[Spent]) -> None:
-        """Once in a while: loss, speed, waiting for data and for other ranks (of which the slowest holds up the rest)
+        """Once in a while: loss (the mean of `losses`), speed, waiting for data and for other ranks (of which the slowest holds up the rest)
         since the last time; what order cost and what was read since the start."""
         now = time.perf_counter()
         elapsed, waited = max(now - self.logged, 1e-9), wait_s - self.logged_wait_s
         own_s = [rank.own_s for rank in spent]
         own = [new - old for new, old in zip(own_s, self.logged_own_s or [0.0] * len(own_s), strict=True)]
-        self.logged, self.logged_wait_s, self.logged_own_s = now, wait_s, own_s
+        steps = step.index + 1 - self.logged_index
+        self.logged, self.logged_index, self.logged_wait_s, self.logged_own_s = now, step.index + 1, wait_s, own_s
         if self.ranks.rank != 0 or not losses:
             return
         plan = self.job.plan
         loss = sum(losses) / len(losses)
-        images_per_s = len(losses) * plan.global_batch / elapsed
+        images_per_s = steps * plan.global_batch / elapsed
         done = step.index + 1 - self.first_index
         left_s = (now - self.began) / done * (plan.num_steps - step.index - 1)
         log.info(
@@ -117,14 +130,12 @@ class Monitor:
     def log_epoch(self, step: Step, validation: Validation, progress: Progress) -> None:
         """At an epoch's end, on rank 0: validation."""
         # the time of validation and checkpoint is not the next interval's
-        self.logged = time.perf_counter()
-        self.epoch_s.append(self.logged - self.epoch_began)
-        self.epoch_began = self.logged
-        metrics = {
-            "val/loss": validation.loss,
-            "val/n_scored": float(len(validation.rows_N)),
-            "train/epoch_s": self.epoch_s[-1],
-        }
+        self.logged, self.logged_index = time.perf_counter(), step.index + 1
+        metrics = {"val/loss": validation.loss, "val/n_scored": float(len(validation.rows_N))}
+        if self.epoch_is_whole:
+            self.epoch_s.append(self.logged - self.epoch_began)
+            metrics["train/epoch_s"] = self.epoch_s[-1]
+        self.epoch_began, self.epoch_is_whole = self.logged, True
         if validation.mean_auroc is not None:
             metrics["val/auroc_mean"] = validation.mean_auroc
         metrics |= {f"val/auroc/{name}": value for name, value in validation.auroc.items() if value is not None}

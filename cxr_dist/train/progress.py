@@ -1,9 +1,13 @@
-"""Where a run stands and what it has seen: position, best score, the hash of the images trained on."""
+"""Where a run stands and what it has seen: position, best score, the hash of the images trained on.
+
+Between two calls of `merge` each rank counts what it alone has seen; after one, all of it stands on every rank alike, and
+a state can be saved, at any step, and taken up by another number of ranks.
+"""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,27 +16,49 @@ from cxr_dist.data.plan import Plan
 from cxr_dist.data.stream import Batch
 from cxr_dist.train.validation import Scored, Validation
 
-__all__ = ["Progress", "chain", "planned_chain"]
+__all__ = ["Progress", "Seen", "planned_samples", "samples"]
+
+MODULUS = 1 << 256
 
 
-def chain(before: str, image_ids: Sequence[str]) -> str:
-    """SHA-256 over the images of one more epoch, in global order, on top of the epochs before."""
-    return hashlib.sha256("\n".join([before, *image_ids]).encode()).hexdigest()
+def samples(index: int, first: int, image_ids: Iterable[str]) -> int:
+    """Sum of the SHA-256 of step, place and id over images trained on in step `index`, from place `first` of the batch on.
+
+    Modulo 2**256. A sum does not depend on who adds first, so ranks add their own images, and a run that goes on after
+    an interruption adds to what it had; an image that is lost, repeated, or at another place changes it. (Bellare and
+    Micciancio, A New Paradigm for Collision-free Hashing, 1997; against faults, not against forgers.)
+    """
+    digests = (
+        hashlib.sha256(f"{index} {place} {name}".encode()).digest() for place, name in enumerate(image_ids, first)
+    )
+    return sum(int.from_bytes(digest, "big") for digest in digests) % MODULUS
 
 
-def planned_chain(plan: Plan, image_ids: Sequence[str], epochs: int) -> str:
+def planned_samples(plan: Plan, image_ids: Sequence[str], epochs: int) -> str:
     """What `samples_sha256` must be after so many epochs, from the plan and the train split's ids alone."""
-    sha, names = "", np.asarray(image_ids, dtype=object)
+    total, names = 0, np.asarray(image_ids, dtype=object)
     for epoch in range(epochs):
         first = epoch * plan.steps_per_epoch
-        rows = [plan.train.rows(plan.step(index).groups) for index in range(first, first + plan.train_steps)]
-        sha = chain(sha, names[np.concatenate(rows)].tolist())
-    return sha
+        for index in range(first, first + plan.train_steps):
+            total += samples(index, 0, names[plan.train.rows(plan.step(index).groups)].tolist())
+    return _shown(total)
+
+
+def _shown(total: int) -> str:
+    return f"{total % MODULUS:064x}"
+
+
+class Seen(NamedTuple):
+    """What one rank has seen since the last `merge`."""
+
+    samples: int
+    corrupt_in_epoch: int
+    corrupt: dict[str, str]
 
 
 @dataclass
 class Progress:
-    """One rank's account of the run. What `state_dict` holds is the same on every rank at the end of an epoch."""
+    """One rank's account of the run."""
 
     index: int = 0
     """Next step of the run."""
@@ -40,7 +66,8 @@ class Progress:
     """Epochs finished."""
     steps: int = 0
     """Optimizer steps done."""
-    samples_sha256: str = ""
+    samples: int = 0
+    """`samples` of all that was trained on, as merged."""
     best_auroc: float | None = None
     best_epoch: int | None = None
     epochs_without_gain: int = 0
@@ -48,14 +75,19 @@ class Progress:
     """Whether training ends before its last planned epoch."""
     is_best: bool = False
     """Whether the epoch that just ended is the best so far."""
-
     corrupt: dict[str, str] = field(default_factory=dict)
-    """Unreadable images of all epochs so far: id to reason."""
+    """Unreadable images of all epochs so far, as merged: id to reason."""
+    corrupt_in_epoch: int = 0
+    """Unreadable images of this epoch, as merged."""
+    window: list[float] = field(default_factory=list)
+    """The global loss of every step since losses were last logged, as far as they are summed over the ranks."""
 
     losses: list[torch.Tensor] = field(default_factory=list)
-    epoch_ids: list[list[str]] = field(default_factory=list)
-    """This rank's images of the epoch, a list a step."""
-    corrupt_in_epoch: int = 0
+    """This rank's part of the losses of later steps."""
+    ids: list[list[str]] = field(default_factory=list)
+    """This rank's images in these steps."""
+    own_samples: int = 0
+    own_corrupt: int = 0
     scored: list[Scored] = field(default_factory=list)
 
     SAVED = (
@@ -68,20 +100,32 @@ class Progress:
         "epochs_without_gain",
         "stopped",
         "corrupt",
+        "corrupt_in_epoch",
+        "window",
     )
 
+    @property
+    def samples_sha256(self) -> str:
+        return _shown(self.samples)
+
+    @samples_sha256.setter
+    def samples_sha256(self, shown: str) -> None:
+        self.samples = int(shown, 16)
+
     def state_dict(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in self.SAVED}
+        """What goes on after an interruption; the same on every rank if all is merged."""
+        return {name: _copied(getattr(self, name)) for name in self.SAVED}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name in self.SAVED:
-            setattr(self, name, state[name])
+            setattr(self, name, _copied(state[name]))
 
-    def trained(self, batch: Batch, loss: torch.Tensor) -> None:
-        """Count one training step."""
+    def trained(self, batch: Batch, loss: torch.Tensor, rank: int = 0) -> None:
+        """Count one training step of this rank."""
         self.losses.append(loss)
-        self.epoch_ids.append(batch.image_ids)
-        self.corrupt_in_epoch += len(batch.corrupt)
+        self.ids.append(batch.image_ids)
+        self.own_samples += samples(batch.step.index, rank * len(batch.image_ids), batch.image_ids)
+        self.own_corrupt += len(batch.corrupt)
         self.steps += 1
         self.index = batch.step.index + 1
 
@@ -96,26 +140,37 @@ class Progress:
                 labels_NK=batch.labels_BK[real] == 1,
             )
         )
-        self.corrupt_in_epoch += len(batch.corrupt)
+        self.own_corrupt += len(batch.corrupt)
         self.index = batch.step.index + 1
 
-    def take_losses(self) -> list[float]:
-        """This rank's losses since the last call; the one place where the host waits for the device."""
-        losses, self.losses = self.losses, []
-        return torch.stack(losses).double().cpu().tolist() if losses else []
+    def take_losses(self) -> tuple[list[float], list[list[str]]]:
+        """This rank's losses since the last call and the images behind each; here the host waits for the device."""
+        losses, ids, self.losses, self.ids = self.losses, self.ids, [], []
+        return (torch.stack(losses).double().cpu().tolist() if losses else []), ids
+
+    def take_window(self) -> list[float]:
+        losses, self.window = self.window, []
+        return losses
+
+    def take_seen(self, corrupt: dict[str, str]) -> Seen:
+        """This rank's part of what is to be merged, with the unreadable images that its feed has met."""
+        seen = Seen(self.own_samples, self.own_corrupt, dict(corrupt))
+        self.own_samples = self.own_corrupt = 0
+        return seen
+
+    def merge(self, ranks: Iterable[Seen]) -> None:
+        """Add what every rank has seen."""
+        for seen in ranks:
+            self.samples = (self.samples + seen.samples) % MODULUS
+            self.corrupt_in_epoch += seen.corrupt_in_epoch
+            self.corrupt |= seen.corrupt
 
     def take_validation(self) -> list[Scored]:
         scored, self.scored = self.scored, []
         return scored
 
-    def take_epoch_ids(self) -> list[list[str]]:
-        ids, self.epoch_ids = self.epoch_ids, []
-        return ids
-
-    def end_epoch(self, ids_of_ranks: list[list[list[str]]], validation: Validation, *, patience: int) -> None:
-        """Close an epoch: hash the images in global order, compare with the best, decide whether to stop."""
-        in_order = [name for step in zip(*ids_of_ranks, strict=True) for share in step for name in share]
-        self.samples_sha256 = chain(self.samples_sha256, in_order)
+    def end_epoch(self, validation: Validation, *, patience: int) -> None:
+        """Close an epoch of which all is merged: compare with the best, decide whether to stop."""
         score = validation.mean_auroc
         # where no epoch has a score, the last one stands for the best
         self.is_best = self.best_auroc is None or (score is not None and score > self.best_auroc)
@@ -136,3 +191,7 @@ class Progress:
             "best_epoch": self.best_epoch,
             "stopped_early": self.stopped,
         }
+
+
+def _copied(value: Any) -> Any:
+    return value.copy() if isinstance(value, dict | list) else value

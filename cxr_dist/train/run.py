@@ -8,7 +8,9 @@ import logging
 import os
 import signal
 import tempfile
+import threading
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +35,20 @@ from cxr_dist.train.checkpoint import Checkpoints
 from cxr_dist.train.feed import data_config
 from cxr_dist.train.identity import Identity
 from cxr_dist.train.job import TrainJob
+from cxr_dist.train.lease import Lease
 from cxr_dist.train.loop import train_rank
 from cxr_dist.train.nodes import system_metrics
+from cxr_dist.train.notice import StopWord
+from cxr_dist.train.outcome import Outcome
 from cxr_dist.train.prepare import DEV_RUN_STEPS, bundles, make_job, prepare_weights, with_defaults
-from cxr_dist.train.progress import planned_chain
-from cxr_dist.train.validation import VALIDATION_SCORES
+from cxr_dist.train.progress import planned_samples
 
 __all__ = ["train"]
 
 log = logging.getLogger(__name__)
+
+STOP_S = 10.0
+"""Longest wait for a checkpoint after SIGTERM, seconds. `ray job stop` gives 3 in all (RAY_JOB_STOP_WAIT_TIME_S)."""
 
 
 def train(config: Config) -> dict[str, Any]:
@@ -58,7 +65,39 @@ def train(config: Config) -> dict[str, Any]:
     resources = ray.cluster_resources()
     preflight.check_resources(config, resources, ray.nodes())
     job = make_job(config, manifest, use_gpu=wants_gpu(config, resources))
+    Identity.claim(job, resume=config.run.resume)  # a run that cannot be gone on with is not taken over either
+    with Lease.take(job.folder, owner=user()) as lease, recorded_outcome(job.folder, lease):
+        return train_as_owner(dataclasses.replace(job, owner=lease.number), manifest, lease)
+
+
+@contextlib.contextmanager
+def recorded_outcome(folder: str, lease: Lease) -> Iterator[None]:
+    """How the block ends is kept in the run's folder, unless another driver has taken the run over: then RunError."""
+    try:
+        yield
+    except (SystemExit, KeyboardInterrupt):
+        lease.check()
+        record(folder, Outcome(owner=lease.number, status="KILLED"))
+        raise
+    except BaseException as error:
+        record(folder, Outcome(owner=lease.number, status="FAILED", failure=last_line(error)))
+        raise
+    record(folder, Outcome(owner=lease.number, status="FINISHED"))
+
+
+def record(folder: str, outcome: Outcome) -> None:
+    """Keep an outcome, if the storage takes it: it may be what failed."""
+    try:
+        outcome.write(folder)
+    except (OSError, InputError) as error:
+        log.warning("how the run ended is not kept with it: %s", error)
+
+
+def train_as_owner(job: TrainJob, manifest: Manifest, lease: Lease) -> dict[str, Any]:
+    """`train`, from the moment on that nobody else writes to the run."""
+    config, held = job.config, job.config.train.num_workers * job.config.train.cpus_per_worker
     identity = Identity.claim(job, resume=config.run.resume)
+    Checkpoints(job.folder, owner=job.owner).adopt()
     prepare_weights(job, resumed=identity.run_id is not None)
     cluster.check_visible({"train.storage_path": job.folder, "data.uri": config.data.uri})
     with open_run(
@@ -67,10 +106,13 @@ def train(config: Config) -> dict[str, Any]:
         params=flatten(config),
         tags=tags(job, manifest),
         storage_dir=str(local_folder("journals", config.run.name)),
+        folder=job.folder,
+        is_ours=lease.held,
     ) as tracked:
         job = dataclasses.replace(job, run_id=tracked.run_id)
         identity.record(job)
         describe(tracked, job, manifest)
+        tracked.send_kept()
         try:
             with system_metrics(job.tracking_uri, job.run_id):
                 job, cache, data = with_features(
@@ -78,7 +120,8 @@ def train(config: Config) -> dict[str, Any]:
                 )
                 identity.record(job, features=cache.sets is not None)
                 tracked.set_tags({"features": f"{'not ' if cache.sets is None else ''}kept: {cache.decision.why}"})
-                trained = fit(job, data)
+                trained = fit(job, data, tracked, lease)
+            lease.check()
             check_samples(job, manifest, trained)
             corrupt = trained.pop("corrupt")
             result = {"run_id": tracked.run_id, "status": "FINISHED", "run_name": config.run.name, **trained}
@@ -103,7 +146,7 @@ def with_features(job: TrainJob, *, use: bool | None, num_decoders: int) -> tupl
 
 def check_samples(job: TrainJob, manifest: Manifest, trained: dict[str, Any]) -> None:
     """The images trained on, in global order, are the plan's; RunError otherwise."""
-    expected = planned_chain(job.plan, manifest.rows("train")["image_id"].to_pylist(), trained["epochs"])
+    expected = planned_samples(job.plan, manifest.rows("train")["image_id"].to_pylist(), trained["epochs"])
     if trained["samples_sha256"] != expected:
         raise RunError(
             f"images trained on: found SHA-256 {trained['samples_sha256']}, expected {expected} by the plan; "
@@ -111,13 +154,25 @@ def check_samples(job: TrainJob, manifest: Manifest, trained: dict[str, Any]) ->
         )
 
 
-def fit(job: TrainJob, data: DataConfig) -> dict[str, Any]:
-    """Train on the ranks, with what `data` gives them; rank 0's result. RunError if the run failed."""
+def killed(job: TrainJob, tracked: TrackedRun, lease: Lease) -> None:
+    """Say that the run was told to stop, while there is time."""
+    tracked.finish("KILLED")
+    if not lease.lost.is_set():
+        record(job.folder, Outcome(owner=lease.number, status="KILLED"))
+
+
+def fit(job: TrainJob, data: DataConfig, tracked: TrackedRun, lease: Lease) -> dict[str, Any]:
+    """Train on the ranks, with what `data` gives them; rank 0's result. RunError if the run failed.
+
+    Told to stop (SIGTERM, `ray job stop`) it asks the ranks for a checkpoint, says KILLED, and then waits for the
+    checkpoint, at most STOP_S seconds: who told may not give so many.
+    """
     config = job.config.train
     attempt = uuid.uuid4().hex[:8]
+    stop = StopWord(f"{job.run_id} {attempt}")
     trainer = TorchTrainer(
         train_rank,
-        train_loop_config={"job": job},
+        train_loop_config={"job": dataclasses.replace(job, stop_word=stop.name)},
         torch_config=TorchConfig(backend="nccl" if job.use_gpu else "gloo", timeout_s=config.process_group_timeout_s),
         scaling_config=ScalingConfig(
             num_workers=config.num_workers,
@@ -138,6 +193,14 @@ def fit(job: TrainJob, data: DataConfig) -> dict[str, Any]:
         result = trainer.fit().return_value
     except TrainingFailedError as error:
         raise RunError(f"training failed on {first_cause(error)}") from error
+    except SystemExit:
+        if not tracked.told_to_stop:  # Ctrl-C, upon which Ray has ended the ranks already
+            raise
+        asking = threading.Thread(target=ask_for_checkpoint, args=(stop,), daemon=True)  # it may never be answered
+        asking.start()
+        killed(job, tracked, lease)
+        asking.join(STOP_S)
+        raise SystemExit(128 + signal.SIGTERM) from None
     finally:
         # Ray leaves a handler behind that swallows Ctrl-C
         signal.signal(signal.SIGINT, on_interrupt)
@@ -146,6 +209,13 @@ def fit(job: TrainJob, data: DataConfig) -> dict[str, Any]:
     if "error" in result:
         raise RunError(result["error"])
     return result
+
+
+def ask_for_checkpoint(stop: StopWord) -> None:
+    """Have the ranks store a checkpoint, and say when they have."""
+    stop.say()
+    if stop.wait(STOP_S):
+        log.warning("told to stop: a checkpoint was stored")
 
 
 def first_cause(error: TrainingFailedError) -> str:
@@ -209,7 +279,8 @@ def evaluate(tracked: TrackedRun, job: TrainJob, corrupt: dict[str, str], *, las
     checkpoints = Checkpoints(job.folder)
     best = checkpoints.best() or checkpoints.entries()[-1]
     checkpoint = checkpoints.uri(best)
-    validation = scores.read(storage.join(job.folder, VALIDATION_SCORES))
+    storage.put_atomic(storage.join(job.folder, "scores/validation.parquet"), checkpoints.read_scores(best))
+    validation = scores.read(storage.join(job.folder, "scores/validation.parquet"))
     outcome: dict[str, Any] = {
         "n_scored": {"val": len(validation), "test": 0},
         "test_auroc": None,

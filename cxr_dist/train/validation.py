@@ -6,15 +6,12 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from cxr_dist import storage
 from cxr_dist.data.manifest import Manifest
 from cxr_dist.errors import RunError
 from cxr_dist.evaluate import metrics, scores
 from cxr_dist.train.job import TrainJob
 
 __all__ = ["Scored", "Validation"]
-
-VALIDATION_SCORES = "scores/validation.parquet"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,11 +68,10 @@ class Validation:
             mean_auroc=float(np.mean(defined)) if defined else None,
         )
 
-    def write_scores(self, job: TrainJob) -> None:
-        """Keep these scores with the run: they are the best so far, and thresholds are fitted on them."""
+    def scores_file(self, job: TrainJob) -> bytes:
+        """These scores as the Parquet file that goes with a checkpoint: thresholds are fitted on those of the best."""
         rows = Manifest.load(job.config.data.uri).rows("validation").take(self.rows_N)
-        table = scores.from_logits(rows, "validation", job.findings, self.logits_NK, self.labels_NK)
-        scores.write(table, storage.join(job.folder, VALIDATION_SCORES))
+        return scores.encoded(scores.from_logits(rows, "validation", job.findings, self.logits_NK, self.labels_NK))
 
 
 def weighted_loss(

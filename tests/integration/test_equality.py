@@ -18,9 +18,19 @@ from cxr_dist.evaluate import scores
 from cxr_dist.train.checkpoint import Checkpoints
 from cxr_dist.train.distributed import Ranks
 from cxr_dist.train.job import TrainJob
-from cxr_dist.train.progress import planned_chain
-from cxr_dist.train.validation import VALIDATION_SCORES
-from tests.training import NAMES, Gang, WatchedTrainer, file_sha256, make_initial, make_job, make_trainer, run_rank
+from cxr_dist.train.progress import planned_samples
+from tests.training import (
+    NAMES,
+    Gang,
+    WatchedTrainer,
+    best_scores,
+    file_sha256,
+    make_initial,
+    make_job,
+    make_trainer,
+    run_rank,
+    with_features,
+)
 
 LAYOUTS = [(1, 0), (2, 4), (3, 0)]
 """World sizes and micro-batches (0: the whole share) that take a global batch of 24 in batch-norm groups of 4."""
@@ -44,7 +54,7 @@ def outcome(result: dict[str, Any], job: TrainJob) -> dict[str, Any]:
     assert best is not None
     names = ("weights_sha256", "samples_sha256", "best_val_auroc", "best_epoch", "epochs", "steps")
     return {name: result[name] for name in names} | {
-        "validation": file_sha256(Path(job.folder, VALIDATION_SCORES)),
+        "validation": file_sha256(best_scores(job)),
         "best": best.index,
     }
 
@@ -72,6 +82,95 @@ def test_interrupted_run_equals_uninterrupted_one_bitwise(
     finished = gang.call(world_size, run_rank, broken)
     assert finished[0]["reports"] == []
     assert outcome(finished[0], broken) == outcome(expected[0], whole)
+
+
+def within(folder: Path, initial: bytes, **changes: Any) -> TrainJob:
+    """Two epochs of five training and two validation steps; a checkpoint after every second training step."""
+    settings = {"train_rows": 123, "validation_rows": 42, "epochs": 2, "checkpoint_every_steps": 2, **changes}
+    job = make_job(folder, initial, log_every_steps=3, **settings)
+    assert (job.plan.train_steps, job.plan.validation_steps) == (5, 2)
+    return job
+
+
+INTERRUPTIONS = [
+    # at step, goes on before step
+    (3, 2),
+    (8, 8),
+    (11, 10),
+    (12, 12),
+]
+"""Between two checkpoints, at one, after an epoch's last, and in the middle of a validation."""
+
+
+@pytest.mark.parametrize("resident", [False, True], ids=["streamed", "resident"])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_run_interrupted_within_epochs_equals_uninterrupted_one_bitwise(
+    tmp_path: Path, initial: bytes, gang: Gang, world_size: int, resident: bool
+) -> None:
+    settings: dict[str, Any] = {"unreadable": frozenset({7, 30, 77}), "max_corrupt": 0.1, "encoding": "png", "views": 1}
+    whole = within(tmp_path / "whole", initial, checkpoint_every_steps=0, features_type="fp32", **settings)
+    broken = within(tmp_path / "broken", initial, features_type="fp32", **settings)
+    if resident:
+        whole, broken = with_features(whole), with_features(broken)
+    [expected, *_] = gang.call(world_size, run_rank, whole, resident=resident)
+    losses: dict[int, float] = {}
+    logged: dict[int, list[float]] = {}
+    reports = []
+    for crash_at, position in INTERRUPTIONS:
+        [result, *_] = gang.call(world_size, run_rank, broken, crash_at=crash_at, resident=resident)
+        assert result["interrupted"]
+        assert broken.position() == position
+        for index, loss in result["loss_at"].items():
+            assert losses.setdefault(index, loss) == loss
+        for index, values in result["logged_losses"].items():
+            assert logged.setdefault(index, values) == values
+        reports += result["reports"]
+    [last, *_] = gang.call(world_size, run_rank, broken, resident=resident)
+    assert outcome(last, broken) == outcome(expected, whole)
+    assert last["corrupt"] == expected["corrupt"]
+    assert len(last["corrupt"]) == 3
+    assert losses | last["loss_at"] == expected["loss_at"]
+    assert logged | last["logged_losses"] == expected["logged_losses"]
+    assert reports + last["reports"] == expected["reports"]
+
+
+def test_a_checkpoint_is_there_where_it_was_asked_for(tmp_path: Path, initial: bytes, gang: Gang) -> None:
+    whole, broken = (within(tmp_path / name, initial, checkpoint_every_steps=0) for name in ("whole", "broken"))
+    [expected, *_] = gang.call(2, run_rank, whole)
+    gang.call(2, run_rank, broken, crash_at=4, ask_after=(1, 3))
+    assert [entry.index for entry in Checkpoints(broken.folder).entries()] == [1, 3]
+    assert [entry.score for entry in Checkpoints(broken.folder).entries()] == [None, None]
+    # in a validation: the state before it
+    gang.call(2, run_rank, broken, crash_at=5, ask_after=(3,))
+    assert [entry.index for entry in Checkpoints(broken.folder).entries()] == [3, 5]
+    [last, *_] = gang.call(2, run_rank, broken)
+    assert outcome(last, broken) == outcome(expected, whole)
+
+
+def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(
+    tmp_path: Path, initial: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole, broken = within(tmp_path / "whole", initial), within(tmp_path / "broken", initial)
+    expected = run_rank(whole)
+    run_rank(broken, crash_at=11)
+    path = tmp_path / "broken" / "checkpoints" / "000000" / "000000010.pt"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    assert broken.position() == 8
+    assert "checkpoint passed over" in caplog.text
+    assert "000000010.pt" in caplog.text
+    assert outcome(run_rank(broken), broken) == outcome(expected, whole)
+
+
+def test_resume_within_an_epoch_at_other_world_sizes_reads_the_same_images(
+    tmp_path: Path, initial: bytes, gang: Gang
+) -> None:
+    whole, moved = within(tmp_path / "whole", initial), within(tmp_path / "moved", initial)
+    expected = gang.call(1, run_rank, whole)[0]
+    for world_size, crash_at in ((3, 3), (2, 9), (1, 11)):
+        assert gang.call(world_size, run_rank, moved, crash_at=crash_at)[0]["interrupted"]
+    result = gang.call(2, run_rank, moved)[0]
+    assert result["samples_sha256"] == expected["samples_sha256"]
+    assert result["steps"] == expected["steps"] == 10
 
 
 def test_two_runs_of_one_config_are_one_run_and_another_seed_is_another(
@@ -122,7 +221,7 @@ def test_losses_and_images_agree_at_any_world_size_and_accumulation(tmp_path: Pa
         )
         result = gang.call(world_size, run_rank, job)[0]
         ids = [job.train.image_id(row) for row in range(480)]  # type: ignore[attr-defined]
-        assert result["samples_sha256"] == planned_chain(job.plan, ids, 1)
+        assert result["samples_sha256"] == planned_samples(job.plan, ids, 1)
         found[world_size, micro] = result["losses"]
         # validation sees the running statistics; its scores are kept in single precision
         validation[world_size, micro] = result["reports"][0]["val_loss"]
@@ -190,7 +289,7 @@ def test_unreadable_images_only_drop_out_of_the_loss(tmp_path: Path, initial: by
     masking.__class__ = MaskingTrainer
     masking.masked = frozenset(f"train{row:04d}.png" for row in bad)  # type: ignore[attr-defined]
     batch = next(iter(masking.feed))
-    logits = masking.network.score(batch.images_BSS).astype(np.float64)
+    logits = masking.learner.network.score(batch.images_BSS).astype(np.float64)
     masking.train_step(batch)
     assert result["losses"] == pytest.approx(masking.losses, rel=1e-6)
     for name, gradient in masking.gradients.items():
@@ -208,7 +307,7 @@ def test_unreadable_validation_images_are_not_scored(tmp_path: Path, initial: by
     job = dataclasses.replace(job, validation=dataclasses.replace(job.validation, unreadable=frozenset({0, 17})))  # type: ignore[type-var]
     result = run_rank(job)
     assert sorted(result["corrupt"]) == ["validation0000.png", "validation0017.png"]
-    table = scores.read(f"{job.folder}/{VALIDATION_SCORES}")
+    table = scores.read(best_scores(job))
     assert table.image_ids.tolist() == [f"validation{row:04d}.png" for row in range(1, 17)]
 
 

@@ -9,8 +9,7 @@ import pytest
 
 from cxr_dist.train.checkpoint import Checkpoints
 from cxr_dist.train.job import TrainJob
-from cxr_dist.train.validation import VALIDATION_SCORES
-from tests.training import Gang, file_sha256, make_initial, make_job, run_rank, with_features
+from tests.training import Gang, best_scores, file_sha256, make_initial, make_job, run_rank, with_features
 
 UNREADABLE = frozenset({5, 30})
 
@@ -40,7 +39,7 @@ def outcome(result: dict[str, Any], job: TrainJob) -> dict[str, Any]:
     return {name: result[name] for name in names} | {
         "reports": result["reports"],
         "losses": result["losses"],
-        "validation": file_sha256(Path(job.folder, VALIDATION_SCORES)),
+        "validation": file_sha256(best_scores(job)),
         "best": best.index,
     }
 

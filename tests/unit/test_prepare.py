@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from cxr_dist.config import Config, RunConfig, TrainConfig
+from cxr_dist.errors import RunFaultError
 from cxr_dist.model import weights
 from cxr_dist.train.distributed import Ranks
-from cxr_dist.train.loop import RunFaultError
 from cxr_dist.train.prepare import bundles, prepare_weights, with_defaults
 from tests.training import make_initial, make_job, make_trainer
 
@@ -39,7 +39,7 @@ def test_a_resumed_run_keeps_its_weights(tmp_path: Path) -> None:
 
 def test_a_run_is_not_resumed_in_another_precision(tmp_path: Path) -> None:
     job = make_job(tmp_path, make_initial(), precision="fp32")
-    state = make_trainer(job, Ranks(0, 1, None)).state()
+    state = make_trainer(job, Ranks(0, 1, None)).state({})
     assert state["precision"] == "fp32"
     config = dataclasses.replace(job.config, train=dataclasses.replace(job.config.train, precision="fp64"))
     trainer = make_trainer(dataclasses.replace(job, config=config), Ranks(0, 1, None))

@@ -9,7 +9,7 @@ import torch
 
 from cxr_dist.data.plan import Plan, Split, Step
 from cxr_dist.data.stream import Batch
-from cxr_dist.train.progress import Progress, chain, planned_chain
+from cxr_dist.train.progress import MODULUS, Progress, planned_samples, samples
 from cxr_dist.train.validation import Validation
 
 PLAN = Plan(
@@ -43,29 +43,54 @@ def steps_of(kind: str, epoch: int) -> list[Step]:
     return [step for step in map(PLAN.step, range(PLAN.num_steps)) if (step.kind, step.epoch) == (kind, epoch)]
 
 
-def test_chain_by_hand() -> None:
-    first = hashlib.sha256(b"\na.png\nb.png").hexdigest()
-    assert chain("", ["a.png", "b.png"]) == first
-    assert chain(first, ["c.png"]) == hashlib.sha256(f"{first}\nc.png".encode()).hexdigest()
-    assert chain("", ["b.png", "a.png"]) != first
+def merged(ranks: list[Progress]) -> None:
+    """All ranks take in what each has seen, as the trainer has them do."""
+    seen = [progress.take_seen({}) for progress in ranks]
+    for progress in ranks:
+        progress.merge(seen)
+
+
+def number(text: str) -> int:
+    return int(hashlib.sha256(text.encode()).hexdigest(), 16)
+
+
+def test_samples_by_hand() -> None:
+    assert samples(7, 2, ["a.png", "b.png"]) == (number("7 2 a.png") + number("7 3 b.png")) % MODULUS
+    assert samples(7, 0, []) == 0
+    parts = samples(7, 0, ["a.png"]) + samples(7, 1, ["b.png"])
+    assert samples(7, 0, ["a.png", "b.png"]) == parts % MODULUS
+
+
+def test_samples_tell_another_order_step_or_count() -> None:
+    found = [
+        samples(0, 0, ["a", "b"]),
+        samples(0, 0, ["b", "a"]),
+        samples(1, 0, ["a", "b"]),
+        samples(0, 0, ["a"]),
+        samples(0, 0, ["a", "b"]) + samples(0, 0, ["a"]),
+        samples(0, 0, ["a", "a"]),
+    ]
+    assert len(set(found)) == len(found)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_planned_chain_is_that_of_the_steps_at_any_world_size(world_size: int) -> None:
+def test_planned_samples_are_those_of_the_steps_at_any_world_size(world_size: int) -> None:
     ranks = [Progress() for _ in range(world_size)]
     for epoch in range(3):
         for step in steps_of("train", epoch):
             for rank, progress in enumerate(ranks):
-                progress.trained(batch(step.index, rank, world_size), torch.zeros(()))
-        ids = [progress.take_epoch_ids() for progress in ranks]
+                progress.trained(batch(step.index, rank, world_size), torch.zeros(()), rank)
+            if step.number != 1:  # it does not matter when
+                merged(ranks)
+        merged(ranks)
         for progress in ranks:
-            progress.end_epoch(ids, scored(0.5), patience=0)
-            assert progress.samples_sha256 == planned_chain(PLAN, IDS, epoch + 1)
-    assert len({planned_chain(PLAN, IDS, epochs) for epochs in range(4)}) == 4
-    assert planned_chain(PLAN, IDS, 0) == ""
+            progress.end_epoch(scored(0.5), patience=0)
+            assert progress.samples_sha256 == planned_samples(PLAN, IDS, epoch + 1)
+    assert len({planned_samples(PLAN, IDS, epochs) for epochs in range(4)}) == 4
+    assert planned_samples(PLAN, IDS, 0) == 64 * "0"
 
 
-def test_planned_chain_by_hand() -> None:
+def test_planned_samples_by_hand() -> None:
     plan = Plan(
         train=Split(num_rows=5, row_group=1),
         validation=Split(num_rows=1, row_group=1),
@@ -73,23 +98,22 @@ def test_planned_chain_by_hand() -> None:
         epochs=2,
         global_batch=2,
     )
-    sha = ""
+    total = 0
     for epoch in range(2):
         # two steps of two rows, one row of five left out
-        order = [int(group) for number in range(2) for group in plan.step(epoch * 3 + number).groups]
-        assert len(set(order)) == 4
-        sha = chain(sha, [IDS[row] for row in order])
-    assert planned_chain(plan, IDS, 2) == sha
+        for index in (epoch * 3, epoch * 3 + 1):
+            for place, group in enumerate(plan.step(index).groups):
+                total += number(f"{index} {place} {IDS[group]}")
+    assert planned_samples(plan, IDS, 2) == f"{total % 2**256:064x}"
 
 
 def test_a_training_step_is_counted() -> None:
     progress = Progress()
     progress.trained(batch(0), torch.tensor(0.5))
     progress.trained(batch(1, corrupt=3), torch.tensor(0.25))
-    assert (progress.index, progress.steps, progress.corrupt_in_epoch) == (2, 2, 3)
-    assert progress.take_losses() == [0.5, 0.25]
-    assert progress.take_losses() == []
-    assert progress.epoch_ids == [batch(0).image_ids, batch(1).image_ids]
+    assert (progress.index, progress.steps, progress.own_corrupt) == (2, 2, 3)
+    assert progress.take_losses() == ([0.5, 0.25], [batch(0).image_ids, batch(1).image_ids])
+    assert progress.take_losses() == ([], [])
 
 
 def test_a_validation_step_keeps_real_rows_and_marks_unreadable_ones() -> None:
@@ -102,14 +126,14 @@ def test_a_validation_step_keeps_real_rows_and_marks_unreadable_ones() -> None:
     assert found.valid_N.tolist() == [False, True, True, True, True]
     assert found.logits_NK.tolist() == logits[:5].tolist()
     assert found.labels_NK.tolist() == [[True, False], [False, True]] * 2 + [[True, False]]
-    assert (progress.index, progress.steps, progress.corrupt_in_epoch) == (step.index + 1, 0, 1)
+    assert (progress.index, progress.steps, progress.own_corrupt) == (step.index + 1, 0, 1)
     assert progress.take_validation() == []
 
 
 def run(scores: list[float | None], patience: int) -> tuple[Progress, list[bool], list[bool]]:
     progress, best, stopped = Progress(), [], []
     for score in scores:
-        progress.end_epoch([[]], scored(score), patience=patience)
+        progress.end_epoch(scored(score), patience=patience)
         best.append(progress.is_best)
         stopped.append(progress.stopped)
     return progress, best, stopped
@@ -133,26 +157,58 @@ def test_undefined_scores_are_worse_than_any_and_the_last_of_them_stands_for_the
 
 
 def test_corrupt_images_are_counted_by_the_epoch() -> None:
+    ranks = [Progress(), Progress()]
+    ranks[0].trained(batch(0, 0, 2, corrupt=2), torch.zeros(()))
+    ranks[1].trained(batch(0, 1, 2, corrupt=1), torch.zeros(()))
+    merged(ranks)
+    ranks[1].trained(batch(1, 1, 2, corrupt=1), torch.zeros(()))
+    merged(ranks)
+    assert [progress.corrupt_in_epoch for progress in ranks] == [4, 4]
+    for progress in ranks:
+        progress.end_epoch(scored(0.5), patience=0)
+    assert [progress.corrupt_in_epoch for progress in ranks] == [0, 0]
+
+
+def test_names_of_corrupt_images_come_from_every_rank() -> None:
     progress = Progress()
-    progress.trained(batch(0, corrupt=2), torch.zeros(()))
-    progress.end_epoch([progress.take_epoch_ids()], scored(0.5), patience=0)
-    assert progress.corrupt_in_epoch == 0
+    progress.merge([progress.take_seen({"a.png": "cut"}), Progress().take_seen({"b.png": "empty"})])
+    assert progress.corrupt == {"a.png": "cut", "b.png": "empty"}
 
 
 def test_state_holds_all_that_goes_on() -> None:
     whole, _, _ = run([0.5, 0.7, 0.6], patience=5)
-    whole.index, whole.steps = 12, 9
+    whole.trained(batch(4, corrupt=1), torch.zeros(()))
+    whole.window = [0.3, 0.2]
+    merged([whole])
+    whole.take_losses()
     again = Progress()
     again.load_state_dict(whole.state_dict())
+    assert again == whole
     for progress in (whole, again):
-        progress.end_epoch([[["a.png"]]], scored(0.65), patience=2)
+        progress.trained(batch(5), torch.zeros(()))
+        merged([progress])
+        progress.take_losses()
+        progress.end_epoch(scored(0.65), patience=2)
     assert again == whole
     assert again.stopped
+    assert again.take_window() == [0.3, 0.2]
     assert again.summary() == {
         "epochs": 4,
-        "steps": 9,
-        "samples_sha256": whole.samples_sha256,
+        "steps": 2,
+        "samples_sha256": f"{(samples(4, 0, batch(4).image_ids) + samples(5, 0, batch(5).image_ids)) % MODULUS:064x}",
         "best_val_auroc": 0.7,
         "best_epoch": 1,
         "stopped_early": True,
     }
+
+
+def test_a_state_does_not_change_with_the_progress() -> None:
+    progress = Progress(window=[1.0])
+    state = progress.state_dict()
+    progress.window.append(2.0)
+    progress.corrupt["a.png"] = "cut"
+    assert (state["window"], state["corrupt"]) == ([1.0], {})
+    again = Progress()
+    again.load_state_dict(state)
+    again.window.append(3.0)
+    assert state["window"] == [1.0]

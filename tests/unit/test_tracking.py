@@ -282,6 +282,28 @@ def test_a_dead_server_neither_raises_nor_loses(
     assert _history(client, run_id, "loss") == [(step, 1 / (step + 1)) for step in range(500)]
 
 
+def test_what_the_server_lacks_goes_on_in_another_journal(
+    client: MlflowClient, store: str, run_id: str, tmp_path: Path, dead_server: str
+) -> None:
+    lost = MetricJournal(tmp_path / "lost.jsonl", dead_server, run_id)
+    for step in range(5):
+        lost.log({"loss": 1 / (step + 1)}, step=step)
+    carried = lost.unsent_records()
+    assert [record["step"] for record in carried] == [0, 1, 2, 3, 4]
+    assert [record["step"] for record in lost.unsent_records(most=2)] == [3, 4]
+    lost.close(1)
+    journal = MetricJournal(tmp_path / "rank0.jsonl", store, run_id)
+    journal.log({"loss": 0.5}, step=1)  # replayed before
+    journal.add(carried)
+    journal.log({"loss": 0.2}, step=5)
+    assert journal.flush(30) == 0
+    assert journal.unsent_records() == []
+    assert journal.close(30) == 0
+    assert sorted(_history(client, run_id, "loss")) == [(step, 1 / (step + 1)) for step in range(5)] + [(5, 0.2)]
+    [first, *_] = client.get_metric_history(run_id, "loss")
+    assert first.timestamp == carried[0]["timestamp"]
+
+
 def test_a_request_that_was_taken_but_not_answered_is_not_sent_twice(
     client: MlflowClient, store: str, run_id: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,7 +10,7 @@ from cxr_dist.errors import RunError
 from cxr_dist.evaluate import scores
 from cxr_dist.model.network import masked_loss
 from cxr_dist.train.job import TrainJob
-from cxr_dist.train.validation import VALIDATION_SCORES, Scored, Validation, weighted_loss
+from cxr_dist.train.validation import Scored, Validation, weighted_loss
 from tests.training import NAMES, make_job, memory_manifest
 
 ROWS = 10
@@ -117,10 +117,11 @@ def test_masked_loss_by_hand() -> None:
     assert float(found) == pytest.approx((3 + 1) * np.log(2) / 8)
 
 
-def test_best_scores_are_written_with_the_ids_of_their_rows(job: TrainJob) -> None:
+def test_best_scores_are_written_with_the_ids_of_their_rows(job: TrainJob, tmp_path: Path) -> None:
+    path = tmp_path / "best.parquet"
     with memory_manifest(job):
-        Validation.join([[part(list(range(ROWS)), unreadable=(1,))]], job).write_scores(job)
-    found = scores.read(f"{job.folder}/{VALIDATION_SCORES}")
+        path.write_bytes(Validation.join([[part(list(range(ROWS)), unreadable=(1,))]], job).scores_file(job))
+    found = scores.read(path)
     kept = [0, 2, 3, 4, 5, 6, 7, 8, 9]
     assert (found.split, found.findings) == ("validation", NAMES)
     assert found.image_ids.tolist() == [f"validation{row:04d}.png" for row in kept]

@@ -1,0 +1,144 @@
+"""Reasons to save a checkpoint at once: a node that is about to be taken away, or a driver that was told to stop.
+
+The driver's word goes through the cluster's own key-value store, which is there as long as the ranks are. This module
+holds all that the package needs of Ray's private API for that (2.60).
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+from ray.experimental import internal_kv
+
+from cxr_dist.train.distributed import Ranks
+
+__all__ = ["Notice", "StopWord", "Wish"]
+
+log = logging.getLogger(__name__)
+
+LOOK_S = 0.5
+"""About the time between two looks of the ranks, which cost a small collective call."""
+PREEMPTION_LOOKS = 4
+"""Looks for each question to Ray Train about preemption, which costs its ranks a barrier; it learns of one every 5 s itself."""
+POLL_S = 0.2
+"""Time between two looks of rank 0 at the key-value store."""
+
+_SPACE = "cxr-dist"
+
+
+class StopWord:
+    """The driver's word to the ranks of one attempt at a run, and their answer."""
+
+    def __init__(self, name: str):
+        self.name = name
+        self._word, self._done = name.encode(), f"{name} done".encode()
+
+    def say(self) -> None:
+        """Ask for a checkpoint, now; called by the driver."""
+        internal_kv._internal_kv_put(self._word, b"stop", namespace=_SPACE)
+
+    def said(self) -> bool:
+        return bool(internal_kv._internal_kv_get(self._word, namespace=_SPACE))
+
+    def answer(self) -> None:
+        """Say that the checkpoint is stored; called by rank 0."""
+        internal_kv._internal_kv_put(self._done, b"stored", namespace=_SPACE)
+
+    def wait(self, timeout_s: float) -> bool:
+        """Whether the answer came in so many seconds."""
+        ends = time.monotonic() + timeout_s
+        while not internal_kv._internal_kv_get(self._done, namespace=_SPACE):
+            if time.monotonic() > ends:
+                return False
+            time.sleep(0.05)
+        return True
+
+
+class Wish(NamedTuple):
+    """A checkpoint that someone wants."""
+
+    reason: str
+    then: Callable[[], None] | None = None
+    """Tells who waits that it is stored; called by rank 0."""
+
+
+class Notice:
+    """Tells every rank after the same step that a checkpoint is wanted; use it in a `with`.
+
+    `stop` is asked by a thread of rank 0; `preemption` is a collective call of all ranks (`ray.train.get_preemption_info`).
+    """
+
+    def __init__(
+        self,
+        ranks: Ranks,
+        *,
+        stop: StopWord | None = None,
+        preemption: Callable[[], Any] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self.ranks, self.stop, self.preemption, self.clock = ranks, stop, preemption, clock
+        self._stop_said = threading.Event()
+        self._over = threading.Event()
+        self._answered = False
+        self._known: Any = None
+        """The preemption that was last told of."""
+        self._looked = clock()
+        self._every = self._left = 1
+        self._looks = 0
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> Self:
+        if self.stop is not None and self.ranks.rank == 0:
+            self._thread = threading.Thread(target=self._listen, name="stop word", daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._over.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _listen(self) -> None:
+        complained = False
+        while self.stop is not None and not self._over.wait(POLL_S):
+            try:
+                said = self.stop.said()
+            except Exception as error:  # noqa: BLE001 - whatever the cluster's store does, it is asked again
+                if not complained:
+                    log.warning("cannot ask whether the driver was told to stop: %s", " ".join(str(error).split()))
+                complained, said = True, False
+            if said:
+                self._stop_said.set()
+                return
+
+    def wanted(self) -> Wish | None:
+        """A checkpoint that is wanted after this step, the same on every rank; None if none is.
+
+        A collective call that every rank makes after every step. It looks only once in about LOOK_S seconds' steps,
+        however long a step takes, and each reason is given once.
+        """
+        self._left -= 1
+        if self._left > 0:
+            return None
+        now = self.clock()
+        passed, stop = self.ranks.sum([now - self._looked, float(self._stop_said.is_set())])
+        passed /= self.ranks.world_size
+        # the same number on every rank, for the sums are
+        self._every = max(1, min(2 * self._every, round(self._every * LOOK_S / max(passed, 1e-9))))
+        self._left, self._looked = self._every, now
+        self._looks += 1
+        if stop and not self._answered:
+            self._answered = True
+            return Wish("the driver was told to stop", self.stop.answer if self.stop else None)
+        if self.preemption is not None and self._looks % PREEMPTION_LOOKS == 0:
+            info = self.preemption()
+            if info is not None and info != self._known:
+                self._known = info
+                ranks = ", ".join(map(str, info.preempted_ranks))
+                return Wish(f"the node of rank {ranks} is about to be taken away")
+        return None

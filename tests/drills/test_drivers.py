@@ -1,0 +1,211 @@
+"""What becomes of a run whose driver or worker is hurt, on a real Ray head, S3, Postgres and MLflow."""
+
+import os
+import re
+import signal
+import time
+from collections.abc import Callable
+
+import psutil
+import pytest
+from mlflow import MlflowClient
+from ray.job_submission import JobStatus, JobSubmissionClient
+
+from tests.drills.conftest import Drill
+from tests.submitting import Submitted, find, run, still_running, submit, wait
+
+pytestmark = pytest.mark.slow
+
+EQUAL = ("samples_sha256", "weights_sha256", "test_auroc", "best_val_auroc", "steps", "epochs")
+"""What an interruption must not change in a run's result."""
+
+
+def steps_logged(client: MlflowClient, name: str) -> list[int]:
+    return [
+        point.step for run in find(client, name) for point in client.get_metric_history(run.info.run_id, "train/loss")
+    ]
+
+
+def has_logged(client: MlflowClient, name: str, steps: int) -> Callable[[], bool]:
+    return lambda: len(steps_logged(client, name)) >= steps
+
+
+def driver_of(name: str) -> psutil.Process:
+    """The process of the driver of a run, not the shell that started it."""
+    found = [
+        process
+        for process in psutil.process_iter(["cmdline"])
+        if (line := process.info["cmdline"]) and "python" in line[0] and "jobs/train.py" in line and name in line
+    ]
+    assert len(found) == 1, found
+    return found[0]
+
+
+def first_after(client: MlflowClient, name: str, steps: int) -> float:
+    """When the first step after so many was logged, seconds since 1970."""
+    [found] = find(client, name)
+    points = client.get_metric_history(found.info.run_id, "train/loss")
+    return min(point.timestamp for point in points if point.step > steps) / 1000
+
+
+def is_the_undisturbed_run(job: Submitted, trained: Submitted, client: MlflowClient, name: str) -> None:
+    """Same images, same weights, same scores; one MLflow run, FINISHED, with every step once."""
+    assert job.status == JobStatus.SUCCEEDED, job.logs[-6000:]
+    for key in EQUAL:
+        assert job.result[key] == trained.result[key], key
+    [found] = find(client, name)
+    assert found.info.status == "FINISHED"
+    assert "failure" not in found.data.tags
+    assert steps_logged(client, name) == list(range(1, job.result["steps"] + 1))
+
+
+@pytest.mark.drill(
+    "training worker killed (SIGKILL)", "goes on from the last checkpoint, within the epoch, to the same result"
+)
+def test_worker_killed(
+    drill: Drill, jobs: JobSubmissionClient, train: str, client: MlflowClient, trained: Submitted
+) -> None:
+    name = "drill-worker"
+    job_id = submit(jobs, f"{train} --run.name {name} --train.checkpoint_every_steps 1")
+    running = still_running(wait(jobs, job_id, until=has_logged(client, name, 2)))
+    done = len(steps_logged(client, name))
+    drill.hurt()
+    os.kill(int(re.findall(r"RayTrainWorker pid=(\d+)", running.logs)[-1]), signal.SIGKILL)
+    job = wait(jobs, job_id)
+    is_the_undisturbed_run(job, trained, client, name)
+    [resumed] = re.findall(r"resumed from step (\d+)", job.logs)[:1]
+    assert int(resumed) >= 1
+    drill.recovered(first_after(client, name, done))
+    drill.outcome = f"FINISHED, the same weights; went on from step {resumed}"
+
+
+@pytest.mark.drill(
+    "driver killed (SIGKILL), then the same command",
+    "`jobs/sync.py` says FAILED; the same command goes on in the same MLflow run, to the same result",
+)
+def test_driver_killed(
+    drill: Drill, jobs: JobSubmissionClient, train: str, client: MlflowClient, trained: Submitted
+) -> None:
+    name = "drill-driver"
+    command = f"{train} --run.name {name} --train.checkpoint_every_steps 1"
+    job_id = submit(jobs, command)
+    still_running(wait(jobs, job_id, until=has_logged(client, name, 2)))
+    drill.hurt()
+    driver_of(name).kill()
+    assert wait(jobs, job_id).status == JobStatus.FAILED
+    [found] = find(client, name)
+    assert found.info.status == "RUNNING"  # who could have said it
+    synced = run(
+        jobs,
+        f"python jobs/sync.py --train.storage_path s3://cxr/runs --run.name {name} --tracking.uri {client.tracking_uri}",
+    )
+    assert synced.status == JobStatus.SUCCEEDED, synced.logs[-4000:]
+    [found] = find(client, name)
+    assert found.info.status == "FAILED"
+    assert "the driver was lost" in found.data.tags["failure"]
+    done = len(steps_logged(client, name))
+
+    job = run(jobs, command)
+    assert "resumed from step" in job.logs
+    is_the_undisturbed_run(job, trained, client, name)
+    drill.recovered(first_after(client, name, done))
+    drill.outcome = "FAILED, then FINISHED, the same weights"
+
+
+@pytest.mark.long
+@pytest.mark.drill("driver told to stop (SIGTERM)", "a checkpoint at once, KILLED; the same command goes on from there")
+def test_driver_told_to_stop(
+    drill: Drill, jobs: JobSubmissionClient, train: str, client: MlflowClient, trained: Submitted
+) -> None:
+    name = "drill-stop"
+    command = f"{train} --run.name {name} --train.checkpoint_every_steps 0"
+    job_id = submit(jobs, command)
+    still_running(wait(jobs, job_id, until=has_logged(client, name, 1)))
+    drill.hurt()
+    driver_of(name).terminate()
+    stopped = wait(jobs, job_id)
+    assert "told to stop: a checkpoint was stored" in stopped.logs, stopped.logs[-3000:]
+    assert stopped.status == JobStatus.FAILED
+    assert stopped.exit_code == 128 + signal.SIGTERM
+    [stored] = re.findall(r"checkpoint before step (\d+) now: the driver was told to stop", stopped.logs)
+    [found] = find(client, name)
+    assert found.info.status == "KILLED"
+    done = len(steps_logged(client, name))
+
+    job = run(jobs, command)
+    [resumed] = re.findall(r"resumed from step (\d+)", job.logs)[:1]
+    assert int(resumed) >= int(stored)  # or from the end of the epoch, if the ranks came to it before they were ended
+    is_the_undisturbed_run(job, trained, client, name)
+    drill.recovered(first_after(client, name, done))
+    drill.outcome = f"KILLED, then FINISHED, the same weights; went on from step {resumed}"
+
+
+@pytest.mark.drill("`ray job stop`", "KILLED, though the head gives 3 s; the same command goes on")
+def test_job_stopped(
+    drill: Drill, jobs: JobSubmissionClient, train: str, client: MlflowClient, trained: Submitted
+) -> None:
+    name = "drill-job-stop"
+    command = f"{train} --run.name {name} --train.checkpoint_every_steps 1"
+    job_id = submit(jobs, command)
+    still_running(wait(jobs, job_id, until=has_logged(client, name, 2)))
+    drill.hurt()
+    jobs.stop_job(job_id)
+    assert wait(jobs, job_id).status == JobStatus.STOPPED
+    [found] = find(client, name)
+    assert found.info.status == "KILLED"
+    done = len(steps_logged(client, name))
+    job = run(jobs, command)
+    assert "resumed from step" in job.logs
+    is_the_undisturbed_run(job, trained, client, name)
+    drill.recovered(first_after(client, name, done))
+    drill.outcome = "KILLED, then FINISHED, the same weights"
+
+
+@pytest.mark.long
+@pytest.mark.drill("a second driver of the same run", "refused, naming the first; the first is not disturbed")
+def test_second_driver(
+    drill: Drill, jobs: JobSubmissionClient, train: str, client: MlflowClient, trained: Submitted
+) -> None:
+    name = "drill-second"
+    command = f"{train} --run.name {name} --train.epochs 12"
+    first = submit(jobs, command)
+    still_running(wait(jobs, first, until=has_logged(client, name, 1)))
+    drill.hurt()
+    second = run(jobs, command)
+    assert second.exit_code == 2
+    assert "run.name: this run is being written by " in second.logs, second.logs[-3000:]
+    job = wait(jobs, first)
+    assert job.status == JobStatus.SUCCEEDED, job.logs[-6000:]
+    [found] = find(client, name)
+    assert found.info.status == "FINISHED"
+    assert steps_logged(client, name) == list(range(1, job.result["steps"] + 1))
+    drill.outcome = "the second exits with 2; the first FINISHED"
+
+
+@pytest.mark.long
+@pytest.mark.drill(
+    "a driver that sleeps (SIGSTOP) until another has taken its run over",
+    "the sleeper changes nothing any more, and says why it ends",
+)
+def test_sleeping_driver(
+    drill: Drill, jobs: JobSubmissionClient, train: str, client: MlflowClient, trained: Submitted
+) -> None:
+    name = "drill-sleeper"
+    command = f"{train} --run.name {name} --train.checkpoint_every_steps 1"
+    first = submit(jobs, command)
+    still_running(wait(jobs, first, until=has_logged(client, name, 1)))
+    sleeper = driver_of(name)
+    drill.hurt()
+    sleeper.suspend()
+    second = submit(jobs, command)
+    deadline = time.monotonic() + 200
+    while "run taken over from" not in jobs.get_job_logs(second):
+        assert not jobs.get_job_status(second).is_terminal(), jobs.get_job_logs(second)[-4000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+    sleeper.resume()
+    ended = wait(jobs, first)
+    assert ended.status == JobStatus.FAILED
+    assert "another driver has taken this run over" in ended.logs
+    is_the_undisturbed_run(wait(jobs, second), trained, client, name)
+    drill.outcome = "the sleeper exits with 1; the other FINISHED, the same weights"

@@ -1,0 +1,69 @@
+"""What becomes of a run whose MLflow server goes away."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+from ray.job_submission import JobStatus, JobSubmissionClient
+
+from tests.drills.conftest import Drill
+from tests.drills.test_drivers import EQUAL, has_logged, is_the_undisturbed_run, steps_logged
+from tests.integration.test_tracking_server import Server
+from tests.submitting import TRAIN, Submitted, find, run, still_running, submit, wait
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    """An MLflow server of its own, so that it can be killed."""
+    found = Server(tmp_path)
+    found.start()
+    yield found
+    found.kill()
+
+
+@pytest.mark.drill("MLflow killed in a run, started again before its end", "training unharmed, every step logged once")
+@pytest.mark.long
+def test_mlflow_gone_for_a_while(drill: Drill, jobs: JobSubmissionClient, server: Server, trained: Submitted) -> None:
+    name, client = "drill-mlflow-back", MlflowClient(server.uri)
+    job_id = submit(jobs, f"{TRAIN} --run.name {name} --tracking.uri {server.uri}")
+    still_running(wait(jobs, job_id, until=has_logged(client, name, 2)))
+    drill.hurt()
+    server.kill()
+    still_running(wait(jobs, job_id, until=lambda: "MLflow does not take metrics" in jobs.get_job_logs(job_id)))
+    server.start()
+    job = wait(jobs, job_id)
+    is_the_undisturbed_run(job, trained, client, name)
+    assert job.result["tracking_missed"] == []
+    drill.outcome = "FINISHED, the same weights, every step once"
+
+
+@pytest.mark.drill(
+    "MLflow killed in a run, and away at its end",
+    "training unharmed; `jobs/sync.py` sends the metrics and the status later",
+)
+def test_mlflow_gone_for_good(drill: Drill, jobs: JobSubmissionClient, server: Server, trained: Submitted) -> None:
+    name, client = "drill-mlflow-gone", MlflowClient(server.uri)
+    job_id = submit(jobs, f"{TRAIN} --run.name {name} --tracking.uri {server.uri}")
+    still_running(wait(jobs, job_id, until=has_logged(client, name, 2)))
+    drill.hurt()
+    server.kill()
+    job = wait(jobs, job_id)
+    assert job.status == JobStatus.SUCCEEDED, job.logs[-6000:]
+    for key in EQUAL:
+        assert job.result[key] == trained.result[key], key
+    assert "status FINISHED" in job.result["tracking_missed"]
+    server.start()
+    [found] = find(client, name)
+    assert found.info.status == "RUNNING"
+    synced = run(
+        jobs, f"python jobs/sync.py --train.storage_path s3://cxr/runs --run.name {name} --tracking.uri {server.uri}"
+    )
+    assert synced.status == JobStatus.SUCCEEDED, synced.logs[-4000:]
+    [found] = find(client, name)
+    assert found.info.status == "FINISHED"
+    assert steps_logged(client, name) == list(range(1, job.result["steps"] + 1))
+    assert found.data.metrics["test/auroc_mean"] == pytest.approx(job.result["test_auroc"]["mean"])
+    drill.outcome = "exit code 0, the same weights; FINISHED and every step once after the sync"
