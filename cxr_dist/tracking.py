@@ -83,6 +83,7 @@ class TrackedRun:
     ) -> None:
         self.tracking_uri = absolute_uri(config.tracking.uri)
         self.missed: list[str] = []
+        self._again: list[tuple[str, Callable[[], object]]] = []
         self._experiment = config.tracking.experiment
         self._name = config.run.name
         self._run_id = run_id
@@ -220,6 +221,7 @@ class TrackedRun:
         if self._journal is not None and unsent.close(self._journal, self._folder, longest_s / 2):
             self.missed.append(f"metrics in {self._journal.path}")
         if status != "KILLED":
+            self._try_again()
             if failure:
                 self.set_tags({"failure": failure})
             self._try(f"status {status}", lambda: self._client.set_terminated(self.run_id, status))
@@ -285,6 +287,14 @@ class TrackedRun:
             call()
         except Exception as error:  # noqa: BLE001 - servers and artifact stores fail in every way; a trained model is worth more
             self._miss(what, error)
+            self._again.append((what, call))
+
+    def _try_again(self) -> None:
+        """What failed while the run was open, once more: the server may be back."""
+        again, self._again = self._again, []
+        for what, call in again:
+            self.missed.remove(what)
+            self._try(what, call)
 
     def _miss(self, what: str, error: Exception) -> None:
         self.missed.append(what)

@@ -26,9 +26,9 @@ class Drill:
         """The fault happens now."""
         self.hurt_at = time.time()
 
-    def recovered(self, at: float) -> None:
-        """The first sign of new work, seconds since 1970."""
-        self.recovery_s = round(at - self.hurt_at, 1)
+    def recovered(self, at: float | None) -> None:
+        """The first sign of new work, seconds since 1970; None if all was done before the fault took effect."""
+        self.recovery_s = None if at is None else round(at - self.hurt_at, 1)
 
 
 @pytest.fixture

@@ -41,11 +41,11 @@ def driver_of(name: str) -> psutil.Process:
     return found[0]
 
 
-def first_after(client: MlflowClient, name: str, steps: int) -> float:
-    """When the first step after so many was logged, seconds since 1970."""
+def first_after(client: MlflowClient, name: str, steps: int) -> float | None:
+    """When the first step after so many was logged, seconds since 1970; None if there is none."""
     [found] = find(client, name)
     points = client.get_metric_history(found.info.run_id, "train/loss")
-    return min(point.timestamp for point in points if point.step > steps) / 1000
+    return min((point.timestamp / 1000 for point in points if point.step > steps), default=None)
 
 
 def is_the_undisturbed_run(job: Submitted, trained: Submitted, client: MlflowClient, name: str) -> None:
