@@ -41,11 +41,15 @@ def driver_of(name: str) -> psutil.Process:
     return found[0]
 
 
-def first_after(client: MlflowClient, name: str, steps: int) -> float | None:
-    """When the first step after so many was logged, seconds since 1970; None if there is none."""
+def first_after(client: MlflowClient, name: str, steps: int, since: float = 0.0) -> float | None:
+    """When the first step after so many was logged, if that was after `since`, seconds since 1970; None if there is none.
+
+    What an earlier attempt logged and could not send comes with its own times.
+    """
     [found] = find(client, name)
     points = client.get_metric_history(found.info.run_id, "train/loss")
-    return min((point.timestamp / 1000 for point in points if point.step > steps), default=None)
+    times = [point.timestamp / 1000 for point in points if point.step > steps]
+    return min((when for when in times if when > since), default=None)
 
 
 def is_the_undisturbed_run(job: Submitted, trained: Submitted, client: MlflowClient, name: str) -> None:
@@ -105,10 +109,11 @@ def test_driver_killed(
     assert "the driver was lost" in found.data.tags["failure"]
     done = len(steps_logged(client, name))
 
+    again = time.time()
     job = run(jobs, command)
     assert "resumed from step" in job.logs
     is_the_undisturbed_run(job, trained, client, name)
-    drill.recovered(first_after(client, name, done))
+    drill.recovered(first_after(client, name, done, again))
     drill.outcome = "FAILED, then FINISHED, the same weights"
 
 
@@ -132,11 +137,12 @@ def test_driver_told_to_stop(
     assert found.info.status == "KILLED"
     done = len(steps_logged(client, name))
 
+    again = time.time()
     job = run(jobs, command)
     [resumed] = re.findall(r"resumed from step (\d+)", job.logs)[:1]
     assert int(resumed) >= int(stored)  # or from the end of the epoch, if the ranks came to it before they were ended
     is_the_undisturbed_run(job, trained, client, name)
-    drill.recovered(first_after(client, name, done))
+    drill.recovered(first_after(client, name, done, again))
     drill.outcome = f"KILLED, then FINISHED, the same weights; went on from step {resumed}"
 
 
@@ -154,10 +160,11 @@ def test_job_stopped(
     [found] = find(client, name)
     assert found.info.status == "KILLED"
     done = len(steps_logged(client, name))
+    again = time.time()
     job = run(jobs, command)
     assert "resumed from step" in job.logs
     is_the_undisturbed_run(job, trained, client, name)
-    drill.recovered(first_after(client, name, done))
+    drill.recovered(first_after(client, name, done, again))
     drill.outcome = "KILLED, then FINISHED, the same weights"
 
 
