@@ -110,7 +110,7 @@ class TrackedRun:
         try:
             known = self._open()
             self.set_tags(_git_tags() | dict(self._tags))
-            self._log_new_params(self._params, known)
+            self._try("params", lambda: self._log_new_params(self._params, known))
         except BaseException as error:
             self.__exit__(type(error), error, error.__traceback__)
             raise
@@ -128,12 +128,7 @@ class TrackedRun:
 
     def log_params(self, params: Mapping[str, object]) -> None:
         """Add params; a value too long for MLflow is cut. A param that the run has with another value keeps the old one."""
-        try:
-            known = self._client.get_run(self.run_id).data.params
-        except MlflowException as error:
-            self._miss("params", error)
-            return
-        self._log_new_params(params, known)
+        self._try("params", lambda: self._log_new_params(params, self._client.get_run(self.run_id).data.params))
 
     def set_tags(self, tags: Mapping[str, object]) -> None:
         """Set or overwrite tags."""
@@ -279,8 +274,7 @@ class TrackedRun:
             self.set_tags({"params_changed": "; ".join(changed)})
         new = [Param(key, value) for key, value in values.items() if key not in known]
         for start in range(0, len(new), PARAMS_PER_REQUEST):
-            part = new[start : start + PARAMS_PER_REQUEST]
-            self._try("params", lambda part=part: self._client.log_batch(self.run_id, params=part))  # type: ignore[misc]
+            self._client.log_batch(self.run_id, params=new[start : start + PARAMS_PER_REQUEST])
 
     def _try(self, what: str, call: Callable[[], object]) -> None:
         try:
