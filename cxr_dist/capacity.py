@@ -8,15 +8,31 @@ from cxr_dist.config import Config
 from cxr_dist.data.plan import allowed_world_sizes
 from cxr_dist.errors import ConfigError
 
-__all__ = ["check_batches", "check_resources", "wants_gpu"]
+__all__ = ["check_resources", "wants_gpu", "world_sizes"]
 
 
-def check_batches(config: Config, row_group: int) -> None:
-    """The global batch can be dealt to ranks in whole row groups, and a rank's share in whole micro-batches and groups.
+def world_sizes(config: Config, row_group: int) -> tuple[int, ...]:
+    """Numbers of ranks within `train.num_workers` that the run can go on with, ascending; ConfigError if there is none.
 
-    `row_group` is the dataset's (images; 1 if it is read in place). With `trainable: head` no batch-norm is in the tail.
+    The global batch is dealt to ranks in whole row groups, and a rank's share in whole micro-batches and batch-norm
+    groups. `row_group` is the dataset's (images; 1 if it is read in place). With `trainable: head` no batch-norm is in the
+    tail.
     """
-    batch, workers = config.train.global_batch, config.train.num_workers
+    least, most = config.train.workers
+    fit: list[int] = []
+    for workers in range(most, least - 1, -1):
+        try:
+            _check_shares(config, row_group, workers)
+        except ConfigError:
+            if workers == least and not fit:
+                raise
+        else:
+            fit.append(workers)
+    return tuple(sorted(fit))
+
+
+def _check_shares(config: Config, row_group: int, workers: int) -> None:
+    batch = config.train.global_batch
     unit = row_group * workers
     if batch % unit:
         below, above = batch // unit * unit, (batch // unit + 1) * unit
@@ -57,7 +73,7 @@ def check_resources(config: Config, cluster: Mapping[str, float], nodes: Sequenc
 
     `cluster` is `ray.cluster_resources()`; with `nodes` (`ray.nodes()`) what fits on each machine is counted too.
     """
-    workers, each = config.train.num_workers, config.train.cpus_per_worker
+    workers, each = config.train.workers[0], config.train.cpus_per_worker
     gpus, cpus = int(cluster.get("GPU", 0)), cluster.get("CPU", 0)
     if wants_gpu(config, cluster) and workers > gpus:
         other = (
@@ -88,7 +104,7 @@ def check_resources(config: Config, cluster: Mapping[str, float], nodes: Sequenc
 
 def _check_nodes(config: Config, nodes: list[Mapping[str, float]], gpu: bool, needed: int) -> None:
     """Workers and decoders are not cut in two: place workers node by node, then count whole CPUs that are left."""
-    waiting, each = config.train.num_workers, config.train.cpus_per_worker
+    waiting, each = config.train.workers[0], config.train.cpus_per_worker
     whole = 0
     for node in sorted(nodes, key=lambda node: -node.get("GPU", 0)):
         room = math.floor(node.get("CPU", 0) / each + 1e-9)
@@ -99,19 +115,19 @@ def _check_nodes(config: Config, nodes: list[Mapping[str, float]], gpu: bool, ne
     if waiting:
         raise ConfigError(
             f"train.cpus_per_worker: {_plural(each, 'CPU')}{' and a GPU' if gpu else ''} for each of "
-            f"{_plural(config.train.num_workers, 'worker')} do not fit on nodes of {sizes} CPUs ({waiting} left over); "
+            f"{_plural(config.train.workers[0], 'worker')} do not fit on nodes of {sizes} CPUs ({waiting} left over); "
             "lower train.cpus_per_worker or train.num_workers, or add nodes"
         )
     if whole < needed:
         raise ConfigError(
-            f"train.cpus_per_worker: {_plural(config.train.num_workers, 'worker')} x {_plural(each, 'CPU')} on nodes of "
+            f"train.cpus_per_worker: {_plural(config.train.workers[0], 'worker')} x {_plural(each, 'CPU')} on nodes of "
             f"{sizes} CPUs leave {whole} whole CPUs for decoding; at least {needed} needed: "
             "lower train.cpus_per_worker, or add a CPU node"
         )
 
 
 def _more_room(config: Config, cpus: float, needed: int) -> str:
-    workers = config.train.num_workers
+    workers = config.train.workers[0]
     ways = []
     share = math.floor((cpus - needed) / workers * 20 + 1e-9) / 20
     if share > 0:

@@ -161,8 +161,9 @@ class OptimizerConfig:
 class TrainConfig:
     """The training loop and the workers that run it."""
 
-    num_workers: int = 1
-    """DDP ranks, one a GPU (or one a CPU process)."""
+    num_workers: int | tuple[int, int] = 1
+    """DDP ranks, one a GPU (or one a CPU process). [MIN, MAX]: as many as there is room for; the run goes on with fewer when a
+    node is lost, and with more when one comes."""
     use_gpu: Literal["auto", "yes", "no"] = "auto"
     """Whether a rank holds a GPU; auto: if the cluster has any."""
     cpus_per_worker: float = 1.0
@@ -215,7 +216,9 @@ class TrainConfig:
     """Two steps of everything, to see that the job runs."""
 
     def __post_init__(self) -> None:
-        for name in ("num_workers", "threads_per_worker", "global_batch", "epochs", "log_every_steps"):
+        least, most = self.workers
+        _require(1 <= least <= most, "train.num_workers", self.num_workers, "1 or more, or [MIN, MAX] of them")
+        for name in ("threads_per_worker", "global_batch", "epochs", "log_every_steps"):
             _require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "1 or more")
         _require(
             not (self.wait_for_nodes_s and self.use_gpu == "auto"),
@@ -234,6 +237,12 @@ class TrainConfig:
             self.process_group_timeout_s,
             "10 or more seconds",
         )
+
+    @property
+    def workers(self) -> tuple[int, int]:
+        """Fewest and most ranks."""
+        found = self.num_workers
+        return (found, found) if isinstance(found, int) else (found[0], found[1])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from cxr_dist import storage
-from cxr_dist.capacity import check_batches, check_resources, wants_gpu
+from cxr_dist.capacity import check_resources, wants_gpu, world_sizes
 from cxr_dist.config import Config, flatten
 from cxr_dist.data.images import PIXELS_VERSION
 from cxr_dist.data.manifest import MANIFEST, Manifest
@@ -24,7 +24,6 @@ from cxr_dist.scrub import has_secret, scrub
 from cxr_dist.tracking import absolute_uri
 
 __all__ = [
-    "check_batches",
     "check_dataset",
     "check_positives",
     "check_resources",
@@ -53,7 +52,7 @@ def run(config: Config) -> Manifest:
     check_weights(config)
     manifest = check_dataset(config)
     check_positives(manifest, config)
-    check_batches(config, manifest.row_group)
+    world_sizes(config, manifest.row_group)
     check_tracking(config)
     check_storage(config)
     return manifest

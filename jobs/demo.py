@@ -38,9 +38,9 @@ def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
         prevalence=PREVALENCE,
     )
     say(f"2/4  ingesting {drawn['images']} images into {config.data.uri}")
-    connect(config.train.num_workers * config.train.cpus_per_worker + 1)
+    connect(config.train.workers[1] * config.train.cpus_per_worker + 1)
     ingest(config)
-    say(f"3/4  training with {config.train.num_workers} DDP workers, then the test report")
+    say(f"3/4  training with {config.train.workers[1]} DDP workers, then the test report")
     name = config.run.name or f"demo-{time.strftime('%Y%m%d-%H%M%S')}"
     result = train(dataclasses.replace(config, run=dataclasses.replace(config.run, name=name)))
     say(

@@ -98,7 +98,8 @@ def _pieces(spec: StreamSpec, num_actors: int) -> int:
 class PlanDataConfig(ray.train.DataConfig):
     """Builds the stream each time a worker group starts, from its world size and the latest checkpoint's position."""
 
-    def __init__(self, make_spec: Callable[[int], StreamSpec], num_actors: int):
+    def __init__(self, make_spec: Callable[[int], StreamSpec], num_actors: Callable[[int], int]):
+        """Both are asked with the world size, in a process of the cluster."""
         super().__init__(datasets_to_split="all")
         self.make_spec = make_spec
         self.num_actors = num_actors
@@ -109,7 +110,7 @@ class PlanDataConfig(ray.train.DataConfig):
         spec = self.make_spec(world_size)
         if spec.num_tasks == 0:
             return [{name: EmptyShard() for name in datasets} for _ in range(world_size)]
-        splits = build_splits(spec, num_actors=self.num_actors)
+        splits = build_splits(spec, num_actors=self.num_actors(world_size))
         return [{name: splits[rank] for name in datasets} for rank in range(world_size)]
 
 

@@ -99,7 +99,7 @@ def scorers(config: Config, *, use_gpu: bool) -> int:
         raise ConfigError(
             f"cluster: found {cpus:g} CPUs, expected one to decode and, without a GPU, one to score; add nodes"
         )
-    return min(config.train.num_workers, gpus) if use_gpu else 1
+    return min(config.train.workers[1], gpus) if use_gpu else 1
 
 
 def check_fits(manifest: Manifest, checkpoint: dict[str, Any], split: str) -> None:

@@ -70,9 +70,7 @@ def prepare_features(job: TrainJob, *, use: bool | None = None) -> Cache:
     places = look(job, found)
     if decision is None:
         assert found.rates is not None
-        decision = decide(
-            work_of(job, places), found.rates, workers=job.config.train.num_workers, **room(job, found, places)
-        )
+        decision = decide(work_of(job, places), found.rates, workers=job.world_sizes[-1], **room(job, found, places))
     elif decision.use and not fits(**room(job, found, places)):
         raise ConfigError(
             f"train.features_uri: features take {room(job, found, places)['needed_bytes'] / 1e9:.1f} GB, more than is free "

@@ -1,5 +1,6 @@
 """What a rank's batches come from, where the features stay in memory."""
 
+import functools
 import logging
 from typing import Any
 
@@ -7,6 +8,8 @@ import ray
 import torch
 from ray.train import DataConfig
 
+from cxr_dist.cluster import free_cpus
+from cxr_dist.config import Config
 from cxr_dist.data.features import FeatureSet
 from cxr_dist.data.resident import (
     HostRows,
@@ -22,7 +25,7 @@ from cxr_dist.model.features import DeviceRows
 from cxr_dist.train.distributed import Ranks
 from cxr_dist.train.job import TrainJob
 
-__all__ = ["choose", "data_config", "resident_feed"]
+__all__ = ["choose", "data_config", "num_decoders", "resident_feed"]
 
 log = logging.getLogger(__name__)
 
@@ -56,21 +59,26 @@ def _shown(num_bytes: int) -> str:
     return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.0f} MB"
 
 
-def data_config(job: TrainJob, *, device_bytes: int, num_decoders: int) -> DataConfig:
+def data_config(job: TrainJob, *, device_bytes: int) -> DataConfig:
     """What gives the ranks their batches: the stream, or features in memory. DamagedFeatures if a kept one is not whole.
 
     `device_bytes` is the free memory of a rank's GPU.
     """
     if job.features is None:
-        return PlanDataConfig(job.remaining, num_decoders)
+        return PlanDataConfig(job.remaining, functools.partial(num_decoders, job.config))
     num_bytes = sum(found.num_bytes for found in job.features.values())
     store_bytes = store_bytes_per_node(use_gpu=job.use_gpu)
     level, why = choose(job.config.train.features_memory, num_bytes, device_bytes=device_bytes, store_bytes=store_bytes)
     log.info("features: %s", why)
     refs = read_all(job.features, keep=level != "stream" and num_bytes <= STORE_PART * store_bytes)
     if level == "stream":
-        return PlanDataConfig(job.remaining, num_decoders)
+        return PlanDataConfig(job.remaining, functools.partial(num_decoders, job.config))
     return ResidentDataConfig(ResidentShard(sets=job.features, refs=refs), job.position)
+
+
+def num_decoders(config: Config, world_size: int) -> int:
+    """Decoding processes beside so many ranks: `data.decode_workers`, or one for each CPU that the ranks leave free."""
+    return config.data.decode_workers or free_cpus(world_size * config.train.cpus_per_worker)
 
 
 def store_bytes_per_node(*, use_gpu: bool) -> int:

@@ -10,6 +10,7 @@ from cxr_dist.data.plan import Plan
 from cxr_dist.data.rows import RowSource
 from cxr_dist.data.sizing import steps_per_task
 from cxr_dist.train.checkpoint import Checkpoints
+from cxr_dist.train.notice import Request
 
 __all__ = ["TrainJob", "training_views"]
 
@@ -35,10 +36,12 @@ class TrainJob:
     tracking_uri: str
     run_id: str
     use_gpu: bool
+    world_sizes: tuple[int, ...] = (1,)
+    """Numbers of ranks that the run may have, ascending."""
     owner: int = 0
     """Number of the lease under which the run is written (`train.lease`)."""
-    stop_word: str = ""
-    """Where the driver says that a checkpoint is wanted now (`train.notice.StopWord`); empty: nowhere."""
+    requests: tuple[Request, ...] = ()
+    """Where others ask for a checkpoint at once."""
     features: dict[tuple[str, int], FeatureSet] | None = None
     """Stored features that take the place of the images, by (split, view); None where the prefix runs in training."""
 

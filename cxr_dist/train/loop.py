@@ -28,7 +28,7 @@ from cxr_dist.train.feed import resident_feed
 from cxr_dist.train.job import TrainJob
 from cxr_dist.train.learner import Learner
 from cxr_dist.train.monitor import Monitor, Spent
-from cxr_dist.train.notice import Notice, StopWord
+from cxr_dist.train.notice import Notice
 from cxr_dist.train.progress import Progress
 from cxr_dist.train.saver import PATIENCE_S, Saver
 from cxr_dist.train.validation import Validation
@@ -50,10 +50,9 @@ def train_rank(parameters: dict[str, TrainJob]) -> dict[str, Any]:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("ray.train").setLevel(logging.WARNING)
     device = ray.train.torch.get_device() if job.use_gpu else torch.device("cpu")
-    stop = StopWord(job.stop_word) if job.stop_word else None
     with (
         Monitor(job, ranks) as monitor,
-        Notice(ranks, stop=stop, preemption=ray.train.get_preemption_info) as notice,
+        Notice(ranks, requests=job.requests, preemption=ray.train.get_preemption_info) as notice,
     ):
         try:
             trainer = Trainer(

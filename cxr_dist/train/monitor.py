@@ -122,6 +122,7 @@ class Monitor:
                 "train/rank_skew_fraction": (max(own) - min(own)) / elapsed,
                 "train/head_of_line_s": max(rank.head_of_line_s for rank in spent),
                 "train/read_mb": sum(rank.bytes_read for rank in spent) / MIB,
+                "train/world_size": float(self.ranks.world_size),
                 "train/images_seen": self._steps_done(step) * plan.global_batch,
             },
             step,

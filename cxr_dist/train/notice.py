@@ -1,13 +1,15 @@
-"""Reasons to save a checkpoint at once: a node that is about to be taken away, or a driver that was told to stop.
+"""Reasons to save a checkpoint at once: a node that is about to be taken away, a driver that was told to stop, a worker
+group that is to become another.
 
-The driver's word goes through the cluster's own key-value store, which is there as long as the ranks are. This module
-holds all that the package needs of Ray's private API for that (2.60).
+A request from outside the ranks goes through the cluster's own key-value store, which is there as long as the ranks are.
+This module holds all that the package needs of Ray's private API for that (2.60).
 """
 
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
@@ -15,7 +17,7 @@ from ray.experimental import internal_kv
 
 from cxr_dist.train.distributed import Ranks
 
-__all__ = ["Notice", "StopWord", "Wish"]
+__all__ = ["Notice", "Request", "Wish"]
 
 log = logging.getLogger(__name__)
 
@@ -29,28 +31,40 @@ POLL_S = 0.2
 _SPACE = "cxr-dist"
 
 
-class StopWord:
-    """The driver's word to the ranks of one attempt at a run, and their answer."""
+@dataclass(frozen=True)
+class Request:
+    """A checkpoint that the ranks of a run are asked for from outside, and their answer; the same name is the same request."""
 
-    def __init__(self, name: str):
-        self.name = name
-        self._word, self._done = name.encode(), f"{name} done".encode()
+    name: str
+    reason: str
 
-    def say(self) -> None:
-        """Ask for a checkpoint, now; called by the driver."""
-        internal_kv._internal_kv_put(self._word, b"stop", namespace=_SPACE)
+    @property
+    def _keys(self) -> tuple[bytes, bytes]:
+        return f"{self.name} asked".encode(), f"{self.name} stored".encode()
 
-    def said(self) -> bool:
-        return bool(internal_kv._internal_kv_get(self._word, namespace=_SPACE))
+    def ask(self) -> None:
+        """Ask for a checkpoint, now."""
+        asked, stored = self._keys
+        internal_kv._internal_kv_del(stored, namespace=_SPACE)
+        internal_kv._internal_kv_put(asked, b"1", namespace=_SPACE)
+
+    def asked(self) -> bool:
+        """Whether someone asks and has no answer."""
+        return bool(internal_kv._internal_kv_get(self._keys[0], namespace=_SPACE))
 
     def answer(self) -> None:
         """Say that the checkpoint is stored; called by rank 0."""
-        internal_kv._internal_kv_put(self._done, b"stored", namespace=_SPACE)
+        asked, stored = self._keys
+        internal_kv._internal_kv_put(stored, b"1", namespace=_SPACE)
+        internal_kv._internal_kv_del(asked, namespace=_SPACE)
+
+    def answered(self) -> bool:
+        return bool(internal_kv._internal_kv_get(self._keys[1], namespace=_SPACE))
 
     def wait(self, timeout_s: float) -> bool:
         """Whether the answer came in so many seconds."""
         ends = time.monotonic() + timeout_s
-        while not internal_kv._internal_kv_get(self._done, namespace=_SPACE):
+        while not self.answered():
             if time.monotonic() > ends:
                 return False
             time.sleep(0.05)
@@ -68,21 +82,22 @@ class Wish(NamedTuple):
 class Notice:
     """Tells every rank after the same step that a checkpoint is wanted; use it in a `with`.
 
-    `stop` is asked by a thread of rank 0; `preemption` is a collective call of all ranks (`ray.train.get_preemption_info`).
+    A thread of rank 0 looks for `requests`; `preemption` is a collective call of all ranks (`ray.train.get_preemption_info`).
     """
 
     def __init__(
         self,
         ranks: Ranks,
         *,
-        stop: StopWord | None = None,
+        requests: Sequence[Request] = (),
         preemption: Callable[[], Any] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
-        self.ranks, self.stop, self.preemption, self.clock = ranks, stop, preemption, clock
-        self._stop_said = threading.Event()
+        self.ranks, self.requests, self.preemption, self.clock = ranks, requests, preemption, clock
+        self._asked = [threading.Event() for _ in requests]
+        self._given: set[int] = set()
+        """Requests that a checkpoint is on its way for."""
         self._over = threading.Event()
-        self._answered = False
         self._known: Any = None
         """The preemption that was last told of."""
         self._looked = clock()
@@ -91,8 +106,8 @@ class Notice:
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> Self:
-        if self.stop is not None and self.ranks.rank == 0:
-            self._thread = threading.Thread(target=self._listen, name="stop word", daemon=True)
+        if self.requests and self.ranks.rank == 0:
+            self._thread = threading.Thread(target=self._listen, name="requests", daemon=True)
             self._thread.start()
         return self
 
@@ -105,16 +120,19 @@ class Notice:
 
     def _listen(self) -> None:
         complained = False
-        while self.stop is not None and not self._over.wait(POLL_S):
-            try:
-                said = self.stop.said()
-            except Exception as error:  # noqa: BLE001 - whatever the cluster's store does, it is asked again
-                if not complained:
-                    log.warning("cannot ask whether the driver was told to stop: %s", " ".join(str(error).split()))
-                complained, said = True, False
-            if said:
-                self._stop_said.set()
-                return
+        while not self._over.wait(POLL_S):
+            for number, request in enumerate(self.requests):
+                try:
+                    asked = request.asked()
+                except Exception as error:  # noqa: BLE001 - whatever the cluster's store does, it is asked again
+                    if not complained:
+                        log.warning("cannot look for requests of a checkpoint: %s", " ".join(str(error).split()))
+                    complained = True
+                    continue
+                if not asked:
+                    self._given.discard(number)
+                elif number not in self._given:
+                    self._asked[number].set()
 
     def wanted(self) -> Wish | None:
         """A checkpoint that is wanted after this step, the same on every rank; None if none is.
@@ -126,15 +144,17 @@ class Notice:
         if self._left > 0:
             return None
         now = self.clock()
-        passed, stop = self.ranks.sum([now - self._looked, float(self._stop_said.is_set())])
+        passed, *asked = self.ranks.sum([now - self._looked, *(float(event.is_set()) for event in self._asked)])
         passed /= self.ranks.world_size
         # the same number on every rank, for the sums are
         self._every = max(1, min(2 * self._every, round(self._every * LOOK_S / max(passed, 1e-9))))
         self._left, self._looked = self._every, now
         self._looks += 1
-        if stop and not self._answered:
-            self._answered = True
-            return Wish("the driver was told to stop", self.stop.answer if self.stop else None)
+        for number, request in enumerate(self.requests):
+            if asked[number]:
+                self._given.add(number)
+                self._asked[number].clear()
+                return Wish(request.reason, request.answer)
         if self.preemption is not None and self._looks % PREEMPTION_LOOKS == 0:
             info = self.preemption()
             if info is not None and info != self._known:

@@ -1,14 +1,20 @@
 """How a run ended, beside its checkpoints: true also where the tracking server was away when it did."""
 
+import contextlib
 import json
+import logging
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Literal
 
 from cxr_dist import storage
 from cxr_dist.errors import InputError
+from cxr_dist.train.lease import Lease
 
-__all__ = ["Outcome"]
+__all__ = ["Outcome", "last_line", "record", "recorded_outcome"]
+
+log = logging.getLogger(__name__)
 
 FORMAT = 1
 
@@ -47,3 +53,32 @@ class Outcome:
 
 def _where(folder: str, owner: int) -> str:
     return storage.join(folder, "outcome", f"{owner:06d}.json")
+
+
+@contextlib.contextmanager
+def recorded_outcome(folder: str, lease: Lease) -> Iterator[None]:
+    """How the block ends is kept in the run's folder, unless another driver has taken the run over: then RunError."""
+    try:
+        yield
+    except (SystemExit, KeyboardInterrupt):
+        lease.check()
+        record(folder, Outcome(owner=lease.number, status="KILLED"))
+        raise
+    except BaseException as error:
+        record(folder, Outcome(owner=lease.number, status="FAILED", failure=last_line(error)))
+        raise
+    record(folder, Outcome(owner=lease.number, status="FINISHED"))
+
+
+def record(folder: str, outcome: Outcome) -> None:
+    """Keep an outcome, if the storage takes it: it may be what failed."""
+    try:
+        outcome.write(folder)
+    except (OSError, InputError) as error:
+        log.warning("how the run ended is not kept with it: %s", error)
+
+
+def last_line(error: BaseException) -> str:
+    """The last line of an error's text: what failed, below the remote trace."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

@@ -27,6 +27,7 @@ from cxr_dist.data.nih import FINDINGS
 from cxr_dist.data.plan import NUM_DRAWS, Split, draws
 from cxr_dist.data.rows import PADDING, Journal, RowDecoder, fixed_rows
 from cxr_dist.errors import RunError
+from cxr_dist.evaluate.inference import scorers
 from cxr_dist.model.features import to_bytes
 from cxr_dist.train.job import TrainJob
 from cxr_dist.train.survey import network_of
@@ -74,7 +75,7 @@ def compute(job: TrainJob, places: Mapping[Name, Place], tasks: list[Task]) -> I
         warnings.simplefilter("ignore", RayDeprecationWarning)
         if job.use_gpu:
             rows = decode.shard_rows
-            actors = ray.data.ActorPoolStrategy(size=job.config.train.num_workers)
+            actors = ray.data.ActorPoolStrategy(size=scorers(job.config, use_gpu=True))
             blocks = items.map_batches(decode, batch_size=1, num_cpus=1, max_retries=TASK_RETRIES).map_batches(
                 ComputeFeatures,
                 fn_constructor_args=(job, tasks),

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from cxr_dist import storage
+from cxr_dist.capacity import world_sizes
 from cxr_dist.config import Config
 from cxr_dist.data.manifest import Manifest
 from cxr_dist.data.nih import FINDINGS
@@ -42,7 +43,7 @@ def with_defaults(config: Config) -> Config:
 def bundles(config: Config) -> list[dict[str, float]]:
     """What the run needs of the cluster: a bundle a rank, and one a decoding process."""
     gpu = {"GPU": 1.0} if config.train.use_gpu == "yes" else {}
-    ranks = [{"CPU": config.train.cpus_per_worker, **gpu}] * config.train.num_workers
+    ranks = [{"CPU": config.train.cpus_per_worker, **gpu}] * config.train.workers[1]
     return ranks + [{"CPU": 1.0}] * max(1, config.data.decode_workers)
 
 
@@ -61,10 +62,10 @@ def make_job(config: Config, manifest: Manifest, *, use_gpu: bool) -> TrainJob:
         global_batch=config.train.global_batch,
         max_steps=DEV_RUN_STEPS if config.train.fast_dev_run else None,
     )
-    plan.rank_batch(config.train.num_workers)
     return TrainJob(
         config=config,
         plan=plan,
+        world_sizes=world_sizes(config, manifest.row_group),
         findings=findings,
         columns=tuple(FINDINGS.index(name) for name in findings),
         size=manifest.size,

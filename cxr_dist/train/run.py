@@ -1,24 +1,17 @@
 """A training run as the driver sees it: check, prepare, train on the ranks, evaluate, and keep everything in MLflow."""
 
-import contextlib
 import dataclasses
 import getpass
 import json
-import logging
 import os
-import signal
 import tempfile
-import threading
-import uuid
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import ray
 import yaml
 from mlflow.utils.mlflow_tags import MLFLOW_GIT_COMMIT, MLFLOW_SOURCE_NAME, MLFLOW_SOURCE_TYPE, MLFLOW_USER
-from ray.train import DataConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train import DataConfig
 
 from cxr_dist import cluster, preflight, storage
 from cxr_dist.capacity import wants_gpu
@@ -33,22 +26,16 @@ from cxr_dist.tracking import TrackedRun, open_run
 from cxr_dist.train.cache import Cache, prepare_features
 from cxr_dist.train.checkpoint import Checkpoints
 from cxr_dist.train.feed import data_config
+from cxr_dist.train.fit import fit
 from cxr_dist.train.identity import Identity
 from cxr_dist.train.job import TrainJob
 from cxr_dist.train.lease import Lease
-from cxr_dist.train.loop import train_rank
 from cxr_dist.train.nodes import system_metrics
-from cxr_dist.train.notice import StopWord
-from cxr_dist.train.outcome import Outcome
+from cxr_dist.train.outcome import last_line, recorded_outcome
 from cxr_dist.train.prepare import DEV_RUN_STEPS, bundles, make_job, prepare_weights, with_defaults
 from cxr_dist.train.progress import planned_samples
 
 __all__ = ["train"]
-
-log = logging.getLogger(__name__)
-
-STOP_S = 10.0
-"""Longest wait for a checkpoint after SIGTERM, seconds. `ray job stop` gives 3 in all (RAY_JOB_STOP_WAIT_TIME_S)."""
 
 
 def train(config: Config) -> dict[str, Any]:
@@ -59,8 +46,7 @@ def train(config: Config) -> dict[str, Any]:
     """
     config = with_defaults(config)
     manifest = preflight.run(config)
-    held = config.train.num_workers * config.train.cpus_per_worker
-    cluster.connect(held + max(1, config.data.decode_workers))
+    cluster.connect(config.train.workers[1] * config.train.cpus_per_worker + max(1, config.data.decode_workers))
     cluster.wait_for_room(bundles(config), config.train.wait_for_nodes_s)
     resources = ray.cluster_resources()
     preflight.check_resources(config, resources, ray.nodes())
@@ -70,32 +56,9 @@ def train(config: Config) -> dict[str, Any]:
         return train_as_owner(dataclasses.replace(job, owner=lease.number), manifest, lease)
 
 
-@contextlib.contextmanager
-def recorded_outcome(folder: str, lease: Lease) -> Iterator[None]:
-    """How the block ends is kept in the run's folder, unless another driver has taken the run over: then RunError."""
-    try:
-        yield
-    except (SystemExit, KeyboardInterrupt):
-        lease.check()
-        record(folder, Outcome(owner=lease.number, status="KILLED"))
-        raise
-    except BaseException as error:
-        record(folder, Outcome(owner=lease.number, status="FAILED", failure=last_line(error)))
-        raise
-    record(folder, Outcome(owner=lease.number, status="FINISHED"))
-
-
-def record(folder: str, outcome: Outcome) -> None:
-    """Keep an outcome, if the storage takes it: it may be what failed."""
-    try:
-        outcome.write(folder)
-    except (OSError, InputError) as error:
-        log.warning("how the run ended is not kept with it: %s", error)
-
-
 def train_as_owner(job: TrainJob, manifest: Manifest, lease: Lease) -> dict[str, Any]:
     """`train`, from the moment on that nobody else writes to the run."""
-    config, held = job.config, job.config.train.num_workers * job.config.train.cpus_per_worker
+    config = job.config
     identity = Identity.claim(job, resume=config.run.resume)
     Checkpoints(job.folder, owner=job.owner).adopt()
     prepare_weights(job, resumed=identity.run_id is not None)
@@ -115,9 +78,7 @@ def train_as_owner(job: TrainJob, manifest: Manifest, lease: Lease) -> dict[str,
         tracked.send_kept()
         try:
             with system_metrics(job.tracking_uri, job.run_id):
-                job, cache, data = with_features(
-                    job, use=identity.features, num_decoders=config.data.decode_workers or cluster.free_cpus(held)
-                )
+                job, cache, data = with_features(job, use=identity.features)
                 identity.record(job, features=cache.sets is not None)
                 tracked.set_tags({"features": f"{'not ' if cache.sets is None else ''}kept: {cache.decision.why}"})
                 trained = fit(job, data, tracked, lease)
@@ -133,13 +94,13 @@ def train_as_owner(job: TrainJob, manifest: Manifest, lease: Lease) -> dict[str,
     return result | {"tracking_missed": tracked.missed}
 
 
-def with_features(job: TrainJob, *, use: bool | None, num_decoders: int) -> tuple[TrainJob, Cache, DataConfig]:
+def with_features(job: TrainJob, *, use: bool | None) -> tuple[TrainJob, Cache, DataConfig]:
     """The job with the features that it works from, if any, and what gives its ranks their batches."""
     while True:
         cache = prepare_features(job, use=use)
         job = dataclasses.replace(job, features=cache.sets)
         try:
-            return job, cache, data_config(job, device_bytes=cache.device_bytes, num_decoders=num_decoders)
+            return job, cache, data_config(job, device_bytes=cache.device_bytes)
         except DamagedFeatures as damaged:
             set_aside(damaged.set.folder, damaged.reason)
 
@@ -154,83 +115,6 @@ def check_samples(job: TrainJob, manifest: Manifest, trained: dict[str, Any]) ->
         )
 
 
-def killed(job: TrainJob, tracked: TrackedRun, lease: Lease) -> None:
-    """Say that the run was told to stop, while there is time."""
-    tracked.finish("KILLED")
-    if not lease.lost.is_set():
-        record(job.folder, Outcome(owner=lease.number, status="KILLED"))
-
-
-def fit(job: TrainJob, data: DataConfig, tracked: TrackedRun, lease: Lease) -> dict[str, Any]:
-    """Train on the ranks, with what `data` gives them; rank 0's result. RunError if the run failed.
-
-    Told to stop (SIGTERM, `ray job stop`) it asks the ranks for a checkpoint, says KILLED, and then waits for the
-    checkpoint, at most STOP_S seconds: who told may not give so many.
-    """
-    config = job.config.train
-    attempt = uuid.uuid4().hex[:8]
-    stop = StopWord(f"{job.run_id} {attempt}")
-    trainer = TorchTrainer(
-        train_rank,
-        train_loop_config={"job": dataclasses.replace(job, stop_word=stop.name)},
-        torch_config=TorchConfig(backend="nccl" if job.use_gpu else "gloo", timeout_s=config.process_group_timeout_s),
-        scaling_config=ScalingConfig(
-            num_workers=config.num_workers,
-            use_gpu=job.use_gpu,
-            resources_per_worker={"CPU": config.cpus_per_worker, **({"GPU": 1} if job.use_gpu else {})},
-        ),
-        run_config=RunConfig(
-            name=attempt,
-            storage_path=storage.join(job.folder, "ray"),
-            failure_config=FailureConfig(max_failures=config.max_failures),
-            logging_config=LoggingConfig(log_level="WARNING"),
-        ),
-        datasets={"run": lambda: None},
-        dataset_config=data,
-    )
-    on_interrupt = signal.getsignal(signal.SIGINT)
-    try:
-        result = trainer.fit().return_value
-    except TrainingFailedError as error:
-        raise RunError(f"training failed on {first_cause(error)}") from error
-    except SystemExit:
-        if not tracked.told_to_stop:  # Ctrl-C, upon which Ray has ended the ranks already
-            raise
-        asking = threading.Thread(target=ask_for_checkpoint, args=(stop,), daemon=True)  # it may never be answered
-        asking.start()
-        killed(job, tracked, lease)
-        asking.join(STOP_S)
-        raise SystemExit(128 + signal.SIGTERM) from None
-    finally:
-        # Ray leaves a handler behind that swallows Ctrl-C
-        signal.signal(signal.SIGINT, on_interrupt)
-    with contextlib.suppress(OSError, InputError):  # Ray's own notes on this attempt; nothing reads them again
-        storage.delete_dir(storage.join(job.folder, "ray"))
-    if "error" in result:
-        raise RunError(result["error"])
-    return result
-
-
-def ask_for_checkpoint(stop: StopWord) -> None:
-    """Have the ranks store a checkpoint, and say when they have."""
-    stop.say()
-    if stop.wait(STOP_S):
-        log.warning("told to stop: a checkpoint was stored")
-
-
-def first_cause(error: TrainingFailedError) -> str:
-    """The rank that failed by itself and why, rather than one that only lost its peers."""
-    failures = getattr(error, "worker_failures", None) or {0: error}
-    lost_peer = ("Connection closed by peer", "Connection reset by peer", "DistBackendError", "Timed out waiting")
-    rank, cause = min(failures.items(), key=lambda item: (any(mark in str(item[1]) for mark in lost_peer), item[0]))
-    return f"rank {rank}: {last_line(cause)}"
-
-
-def last_line(error: BaseException) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
-
-
 def tags(job: TrainJob, manifest: Manifest) -> dict[str, str]:
     """What people filter runs by; keys with `mlflow.` are shown by its UI."""
     commit = job.config.run.commit
@@ -243,7 +127,7 @@ def tags(job: TrainJob, manifest: Manifest) -> dict[str, str]:
         "split": "official test list, validation by patient",
         "manifest_sha256": manifest.hash,
         "plan_sha256": job.plan.sha256,
-        "world_size": str(job.config.train.num_workers),
+        "world_size": " or ".join(map(str, job.world_sizes)),
         "run_folder": storage.shown(job.folder),
     }
 

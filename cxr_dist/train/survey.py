@@ -80,7 +80,7 @@ def survey_here(job: TrainJob, measure: bool) -> Survey:
     )
     if not measure:
         return found
-    share = job.config.train.micro_batch or job.plan.rank_batch(job.config.train.num_workers)
+    share = job.config.train.micro_batch or job.plan.rank_batch(job.world_sizes[-1])
     batch = features.repeat(math.ceil(share / len(features)), 1, 1, 1)[:share]
     labels = torch.zeros(share, len(job.findings), device=device)
     valid = torch.ones(share, dtype=torch.bool, device=device)

@@ -312,7 +312,7 @@ def test_an_image_that_always_crashes_the_decoder_is_named_and_masked(consumers)
 
 def test_a_run_without_steps_left_has_an_empty_stream():
     spec = spec_of(start=22)
-    config = PlanDataConfig(lambda world_size: dataclasses.replace(spec, world_size=world_size), num_actors=1)
+    config = PlanDataConfig(lambda world_size: dataclasses.replace(spec, world_size=world_size), num_actors=lambda _: 1)
     shards = config.configure({"run": None}, 3, None, None)
     streams = [Stream(shard=shard["run"], plan=spec.plan, rank=0, world_size=1, size=SIZE) for shard in shards]
     assert [list(stream) for stream in streams] == [[], [], []]

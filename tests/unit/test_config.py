@@ -64,7 +64,12 @@ def test_every_field_is_followed_by_its_meaning() -> None:
             {"warmup_epochs": 1.0},
             "optimizer.warmup_epochs: found 1.0, expected 0 with the plateau schedule; use cosine or constant",
         ),
-        ("train", {"num_workers": 0}, "train.num_workers: found 0, expected 1 or more"),
+        (
+            "train",
+            {"num_workers": (2, 1)},
+            "train.num_workers: found (2, 1), expected 1 or more, or [MIN, MAX] of them",
+        ),
+        ("train", {"num_workers": 0}, "train.num_workers: found 0, expected 1 or more, or [MIN, MAX] of them"),
         ("train", {"global_batch": 0}, "train.global_batch: found 0, expected 1 or more"),
         ("train", {"epochs": 0}, "train.epochs: found 0, expected 1 or more"),
         ("train", {"views": -1}, "train.views: found -1, expected 0 or more"),

@@ -1,6 +1,7 @@
 """When ranks look whether a checkpoint is wanted, and that they agree."""
 
 import itertools
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -58,7 +59,7 @@ def looks(step_s: float, count: int) -> list[list[float]]:
 
 def test_looks_are_half_a_second_apart_however_long_a_step_takes() -> None:
     for step_s in (0.001, 0.02, 0.3):
-        passed = [seconds for seconds, _ in looks(step_s, 4000)]
+        passed = [seconds for (seconds,) in looks(step_s, 4000)]
         assert abs(passed[-1] - LOOK_S) < step_s + 1e-9
         # it starts with every step, and looks twice as seldom each time
         assert passed[0] == step_s
@@ -78,58 +79,84 @@ def test_a_step_that_becomes_long_is_looked_at_more_often() -> None:
     assert len(Counting.calls) == 10
 
 
-class Told:
-    """A driver's word that is said at some moment."""
+class Asked:
+    """A request that someone makes at some moment, and whether the ranks have seen that it is answered."""
 
-    name = "told"
+    def __init__(self, reason: str = "why") -> None:
+        self.reason, self.asks, self.answers, self.looks = reason, False, 0, 0
+        self.looked = threading.Condition()
 
-    def __init__(self) -> None:
-        self.word, self.answers = False, 0
-
-    def said(self) -> bool:
-        return self.word
+    def asked(self) -> bool:
+        with self.looked:
+            self.looks += 1
+            self.looked.notify_all()
+            return self.asks
 
     def answer(self) -> None:
-        self.answers += 1
+        self.asks, self.answers = False, self.answers + 1
+
+    def wait_for_two_looks(self) -> None:
+        """What was so before the first of them is known after the second."""
+        with self.looked:
+            enough = self.looks + 2
+            assert self.looked.wait_for(lambda: self.looks >= enough, 60)
 
 
-def notice_of(word: Any, preemption: Callable[[], Any] | None = None) -> tuple[Notice, Clock]:
+def notice_of(*requests: Any, preemption: Callable[[], Any] | None = None) -> tuple[Notice, Clock]:
     clock = Clock(LOOK_S)
-    return Notice(Ranks(0, 1, None), stop=word, preemption=preemption, clock=clock), clock
+    return Notice(Ranks(0, 1, None), requests=requests, preemption=preemption, clock=clock), clock
 
 
-def test_the_drivers_word_is_heard_once_and_answered_when_stored() -> None:
-    word = Told()
-    notice, clock = notice_of(word)
+def test_a_request_is_heard_once_and_answered_when_stored() -> None:
+    stop, resize = Asked("stop"), Asked("resize")
+    notice, clock = notice_of(stop, resize)
     with notice:
         assert steps(notice, clock, 3) == [None] * 3
-        word.word = True
-        assert notice._stop_said.wait(60)
-        assert word.answers == 0
-        assert steps(notice, clock, 3) == ["the driver was told to stop", None, None]
-        assert word.answers == 1
+        resize.asks = True
+        assert notice._asked[1].wait(60)
+        assert resize.answers == 0
+        assert steps(notice, clock, 3) == ["resize", None, None]
+        assert (stop.answers, resize.answers) == (0, 1)
+
+
+def test_a_request_that_waits_for_its_checkpoint_is_no_new_one() -> None:
+    request = Asked()
+    notice, clock = notice_of(request)
+    with notice:
+        request.asks = True
+        assert notice._asked[0].wait(60)
+        clock.now += clock.step_s
+        wish = notice.wanted()
+        request.wait_for_two_looks()
+        assert steps(notice, clock, 3) == [None] * 3
+        wish.then()
+        request.wait_for_two_looks()
+        request.asks = True  # and later another
+        assert notice._asked[0].wait(60)
+        assert steps(notice, clock, 2) == ["why", None]
+        assert request.answers == 2
 
 
 def test_a_store_that_fails_for_a_while_is_asked_again() -> None:
-    class Failing(Told):
-        asked = 0
+    class Failing(Asked):
+        calls = 0
 
-        def said(self) -> bool:
-            self.asked += 1
-            if self.asked < 3:
+        def asked(self) -> bool:
+            self.calls += 1
+            if self.calls < 3:
                 raise RuntimeError("connection lost")
             return True
 
     notice, clock = notice_of(Failing())
     with notice:
-        assert notice._stop_said.wait(60)
-        assert steps(notice, clock, 1) == ["the driver was told to stop"]
+        assert notice._asked[0].wait(60)
+        assert steps(notice, clock, 1) == ["why"]
 
 
 def test_a_preemption_is_told_once() -> None:
     told: list[Info | None] = [None]
-    word = Told()
-    notice, clock = notice_of(word, lambda: told[0])
+    request = Asked()
+    notice, clock = notice_of(request, preemption=lambda: told[0])
     assert steps(notice, clock, 2 * PREEMPTION_LOOKS) == [None] * 2 * PREEMPTION_LOOKS
     told[0] = Info([1, 3])
     found = steps(notice, clock, 3 * PREEMPTION_LOOKS)
@@ -137,4 +164,4 @@ def test_a_preemption_is_told_once() -> None:
     told[0] = Info([0])
     found = steps(notice, clock, 3 * PREEMPTION_LOOKS)
     assert [reason for reason in found if reason] == ["the node of rank 0 is about to be taken away"]
-    assert word.answers == 0
+    assert request.answers == 0

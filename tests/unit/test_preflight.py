@@ -307,7 +307,7 @@ class TestBatches:
         ],
     )
     def test_passes(self, config: Config) -> None:
-        capacity.check_batches(config, 8)
+        capacity.world_sizes(config, 8)
 
     @pytest.mark.parametrize(
         ("config", "sentence"),
@@ -345,7 +345,20 @@ class TestBatches:
         ],
     )
     def test_refused(self, config: Config, sentence: str) -> None:
-        _refused(ConfigError, sentence, capacity.check_batches, config, 8)
+        _refused(ConfigError, sentence, capacity.world_sizes, config, 8)
+
+    def test_of_a_range_those_are_kept_that_fit(self) -> None:
+        def sizes(*workers: int) -> tuple[int, ...]:
+            config = _batch(64, 1, group=8)
+            return capacity.world_sizes(
+                dataclasses.replace(config, train=dataclasses.replace(config.train, num_workers=workers)), 8
+            )
+
+        assert sizes(1, 6) == (1, 2, 4)
+        assert sizes(3, 4) == (4,)
+        assert sizes(2, 2) == (2,)
+        with pytest.raises(ConfigError, match=r"train.global_batch: found 64 images for 5 workers .* or keep it with"):
+            sizes(5, 7)
 
     @example(64, 2, 16, 16, 8)
     @example(64, 2, 8, 16, 8)
@@ -357,7 +370,7 @@ class TestBatches:
         dealt = batch % (row_group * workers) == 0 and share % part == 0 and part % group == 0
         config = _batch(batch, workers, micro, group)
         with contextlib.nullcontext() if dealt else pytest.raises(ConfigError):
-            capacity.check_batches(config, row_group)
+            capacity.world_sizes(config, row_group)
 
 
 def _node(address: str, cpus: float, gpus: float = 0) -> dict[str, Any]:
