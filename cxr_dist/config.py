@@ -288,6 +288,8 @@ class TrackingConfig:
     """MLflow tracking URI: sqlite:///…, http(s)://… or a database (postgresql+psycopg2://USER@HOST/NAME; PGPASSWORD)."""
     experiment: str = "cxr-dist"
     """MLflow experiment."""
+    required: bool = True
+    """Whether a run may only begin if MLflow answers; false: it begins in any case, and what MLflow missed is told to it later."""
 
     def __post_init__(self) -> None:
         _require(bool(self.experiment), "tracking.experiment", self.experiment, "a name")

@@ -1,19 +1,23 @@
 """What workers log: metrics through a journal, and the use of their node.
 
-Metrics are local first: every record is in a file before anyone tries to send it, so no server can stop training. The
-file is the queue. It is JSON lines: a header (`format`, `run_id`), then one record a line (`step`, `timestamp` in
-milliseconds, `metrics`). One background thread sends what follows the last confirmed record; what the server already
-has of a (key, step) is asked of the server, so records may be sent again, after a crash or from another process, and
-each (key, step) is still logged once.
+Metrics are local first: every record is in a file before anyone tries to send it, so no server can stop training; nor can
+a full disk, which only costs that copy. The file is JSON lines: a header (`format`, `run_id`), then one record a line
+(`step`, `timestamp` in milliseconds, `metrics`). One background thread sends what the server has not confirmed; what it
+already has of a (key, step) is asked of the server, so records may be sent again, after a crash or from another process,
+and each (key, step) is still logged once.
 """
 
+import errno
+import io
 import itertools
 import json
 import logging
+import os
 import re
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections import deque
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +28,7 @@ from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from cxr_dist.errors import DataError
 from cxr_dist.scrub import scrub
 
-__all__ = ["MetricJournal", "SystemMetrics", "send_records", "send_unsent", "start_system_metrics"]
+__all__ = ["MetricJournal", "SystemMetrics", "dump", "load", "send_records", "send_unsent", "start_system_metrics"]
 
 FORMAT = "cxr-dist-metrics/1"
 RECORDS_PER_SEND = 200
@@ -46,28 +50,26 @@ class MetricJournal:
     """
 
     def __init__(self, path: str | Path, tracking_uri: str, run_id: str, *, retry_s: float = 1.0) -> None:
-        self.path = Path(path)
+        self.path, self.run_id = Path(path), run_id
         self._tracking_uri = tracking_uri
-        self._run_id = run_id
         self._retry_s = retry_s
         self._seen: set[tuple[str, int]] = set()
-        self._records = 0
-        self._sent = 0
+        self._waiting: deque[dict[str, Any]] = deque()
+        """What the server has not confirmed to this writer, in order."""
         self._changed = threading.Condition()
         self._closing = False
-        _open(self.path, run_id)
-        for record in _read(self.path, run_id):
-            self._records += 1
+        self._file = _File(self.path, run_id)
+        for record in self._file.records():
+            self._waiting.append(record)
             self._seen.update((key, record["step"]) for key in record["metrics"])
-        self._file = self.path.open("a", encoding="utf-8")
         self._thread = threading.Thread(target=self._send_all, name="metric-journal", daemon=True)
         self._thread.start()
 
     @property
     def unsent(self) -> int:
-        """Records in the file that the server has not confirmed to this writer."""
+        """Number of records that the server has not confirmed to this writer."""
         with self._changed:
-            return self._records - self._sent
+            return len(self._waiting)
 
     def log(self, metrics: Mapping[str, float], *, step: int, epoch: int | None = None) -> None:
         """Record metrics at a step (NaN and infinities allowed); `epoch` is one more metric, named `epoch`."""
@@ -83,11 +85,9 @@ class MetricJournal:
             self._append(int(step), time.time_ns() // 1_000_000, values)
 
     def unsent_records(self, most: int = MOST_CARRIED) -> list[dict[str, Any]]:
-        """The latest records in the file, `most` of them, that the server has not confirmed: what a checkpoint carries."""
+        """The latest records, `most` of them, that the server has not confirmed: what a checkpoint carries."""
         with self._changed:
-            sent, unsent = self._sent, self._records - self._sent
-        skipped = sent + max(0, unsent - most)
-        return list(itertools.islice(_read(self.path, self._run_id), skipped, sent + unsent)) if unsent else []
+            return list(itertools.islice(self._waiting, max(0, len(self._waiting) - most), None))
 
     def add(self, records: Iterable[Mapping[str, Any]]) -> None:
         """Take in records of another journal of this run, as `unsent_records` gave them."""
@@ -99,17 +99,17 @@ class MetricJournal:
         fresh = {key: value for key, value in metrics.items() if (key, step) not in self._seen}
         if not fresh:
             return
-        self._file.write(json.dumps({"step": step, "timestamp": timestamp, "metrics": fresh}) + "\n")
-        self._file.flush()
+        record = {"step": step, "timestamp": timestamp, "metrics": fresh}
+        self._file.append(record)
         self._seen.update((key, step) for key in fresh)
-        self._records += 1
+        self._waiting.append(record)
         self._changed.notify_all()
 
     def flush(self, timeout_s: float = 10.0) -> int:
         """Wait until the server has everything, at most `timeout_s` seconds; returns the number of unsent records."""
         with self._changed:
-            self._changed.wait_for(lambda: self._records == self._sent, timeout_s)
-            return self._records - self._sent
+            self._changed.wait_for(lambda: not self._waiting, timeout_s)
+            return len(self._waiting)
 
     def close(self, timeout_s: float = 10.0) -> int:
         """Send what can be sent in three attempts or `timeout_s` seconds; returns the number of unsent records.
@@ -123,26 +123,23 @@ class MetricJournal:
         self._file.close()
         unsent = self.unsent
         if unsent:
-            log.warning("%d metric records of run %s are unsent, kept in %s", unsent, self._run_id, self.path)
+            log.warning("%d metric records of run %s are unsent, kept in %s", unsent, self.run_id, self.path)
         return unsent
 
     def _send_all(self) -> None:
-        """Thread body: send from the file until closed and empty, or closed and failing thrice."""
+        """Thread body: send until closed and empty, or closed and failing thrice."""
         failures_while_closing = 0
         sender: _Sender | None = None
-        records = _read(self.path, self._run_id)
-        batch: list[dict[str, Any]] = []
         wait_s = self._retry_s
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._closing or self._records > self._sent)
-                ready = min(self._records - self._sent, RECORDS_PER_SEND)
+                self._changed.wait_for(lambda: self._closing or self._waiting)
+                batch = list(itertools.islice(self._waiting, RECORDS_PER_SEND))
                 closing = self._closing
-            if not ready:
+            if not batch:
                 return
-            batch = batch or [next(records) for _ in range(ready)]
             try:
-                sender = sender or _Sender(self._tracking_uri, self._run_id)
+                sender = sender or _Sender(self._tracking_uri, self.run_id)
                 sender.send(batch)
             except Exception as error:  # noqa: BLE001 - whatever tracking does, training goes on; the record is on disk
                 if wait_s == self._retry_s:
@@ -158,9 +155,9 @@ class MetricJournal:
                 continue
             wait_s = self._retry_s
             with self._changed:
-                self._sent += len(batch)
+                for _ in batch:
+                    self._waiting.popleft()
                 self._changed.notify_all()
-            batch = []
 
 
 def send_unsent(journal_path: str | Path, tracking_uri: str, run_id: str) -> int:
@@ -168,20 +165,50 @@ def send_unsent(journal_path: str | Path, tracking_uri: str, run_id: str) -> int
 
     May be called again at any time: what the server has is not sent twice. Errors of the server are raised.
     """
-    sender = _Sender(tracking_uri, run_id)
-    sent = 0
-    batch: list[dict[str, Any]] = []
-    for record in _read(Path(journal_path), run_id):
-        batch.append(record)
-        if len(batch) == RECORDS_PER_SEND:
-            sent += sender.send(batch)
-            batch = []
-    return sent + sender.send(batch)
+    path = Path(journal_path)
+    return send_records(load(path.read_bytes(), str(path), run_id), tracking_uri, run_id)
 
 
 def send_records(records: Iterable[Mapping[str, Any]], tracking_uri: str, run_id: str) -> int:
     """Send what the server lacks of records that `unsent_records` gave; as `send_unsent` otherwise."""
-    return _Sender(tracking_uri, run_id).send(records)
+    sender, rest = _Sender(tracking_uri, run_id), iter(records)
+    sent = 0
+    while batch := list(itertools.islice(rest, RECORDS_PER_SEND)):
+        sent += sender.send(batch)
+    return sent
+
+
+def dump(run_id: str, records: Iterable[Mapping[str, Any]]) -> bytes:
+    """Records as the content of a journal file."""
+    lines = [{"format": FORMAT, "run_id": run_id}, *records]
+    return b"".join(json.dumps(line).encode() + b"\n" for line in lines)
+
+
+def load(content: bytes, name: str, run_id: str | None = None) -> list[dict[str, Any]]:
+    """The records of a journal file, in order; a last line without its end is left out.
+
+    Raises DataError, with the file's name, if it is no journal, or not that of the run that is asked for.
+    """
+    lines = content.splitlines(keepends=True)
+    try:
+        header = json.loads(lines[0]) if lines else {}
+    except json.JSONDecodeError:
+        header = {}
+    if header.get("format") != FORMAT:
+        raise DataError(f"{name}: found format {header.get('format')!r}, expected {FORMAT}; give another path")
+    if run_id not in (None, header["run_id"]):
+        raise DataError(
+            f"{name}: journal of run {header['run_id']}, expected run {run_id}; give each run a path of its own"
+        )
+    records = []
+    for number, line in enumerate(lines[1:], start=2):
+        if not line.endswith(b"\n"):
+            break
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise DataError(f"{name}: line {number} is not a metrics record; restore the file or remove it") from error
+    return records
 
 
 class SystemMetrics:
@@ -247,35 +274,50 @@ class _Sender:
         return len(metrics)
 
 
-def _open(path: Path, run_id: str) -> None:
-    """Make the journal file, or cut off the half line that a killed writer left."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+b") as file:
-        file.seek(0)
-        whole = file.read().rpartition(b"\n")[0]
-        if whole:
-            file.truncate(len(whole) + 1)
-        else:
-            file.truncate(0)
-            file.write(json.dumps({"format": FORMAT, "run_id": run_id}).encode() + b"\n")
+class _File:
+    """The journal's file, whole lines only; a disk that takes no more is told once and stops nobody."""
 
+    def __init__(self, path: Path, run_id: str):
+        self.path, self.run_id = path, run_id
+        self.size, self.failed = 0, False
+        self.file: io.FileIO | None = None
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.file = io.FileIO(path, "a+")
+            self.file.seek(0)
+            self.size = self.file.readall().rfind(b"\n") + 1  # the half line that a killed writer left is cut off
+            self.file.truncate(self.size)
+            if not self.size:
+                self._write(dump(run_id, []))
+        except OSError as error:
+            self._complain(error)
 
-def _read(path: Path, run_id: str) -> Iterator[dict[str, Any]]:
-    """Records of a journal in order; a last line without its end is left out."""
-    with path.open(encoding="utf-8") as file:
-        header = json.loads(file.readline() or "{}")
-        if header.get("format") != FORMAT:
-            raise DataError(f"{path}: found format {header.get('format')!r}, expected {FORMAT}; give another path")
-        if header["run_id"] != run_id:
-            raise DataError(
-                f"{path}: journal of run {header['run_id']}, expected run {run_id}; give each run a path of its own"
-            )
-        number = 1
-        while (line := file.readline()).endswith("\n"):
-            number += 1
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(
-                    f"{path}: line {number} is not a metrics record; restore the file or remove it"
-                ) from error
+    def records(self) -> list[dict[str, Any]]:
+        """What was in it before."""
+        return load(self.path.read_bytes(), str(self.path), self.run_id) if self.size else []
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        try:
+            self._write(json.dumps(record).encode() + b"\n")
+        except OSError as error:
+            self._complain(error)
+
+    def close(self) -> None:
+        if self.file is not None:
+            self.file.close()
+
+    def _write(self, line: bytes) -> None:
+        if self.file is None:
+            return
+        try:
+            if self.file.write(line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+        except OSError:
+            self.file.truncate(self.size)
+            raise
+        self.size += len(line)
+
+    def _complain(self, error: OSError) -> None:
+        if not self.failed:
+            log.warning("metrics are sent, but not all of them kept on this disk: %s", error)
+        self.failed = True

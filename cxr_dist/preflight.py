@@ -1,6 +1,7 @@
 """Everything that can be known to fail before a GPU is held, each as one check that raises one sentence."""
 
 import difflib
+import logging
 import os
 import threading
 import urllib.error
@@ -20,8 +21,8 @@ from cxr_dist.config import Config, flatten
 from cxr_dist.data.images import PIXELS_VERSION
 from cxr_dist.data.manifest import MANIFEST, Manifest
 from cxr_dist.errors import ConfigError, DataError, InputError
+from cxr_dist.experiment import absolute_uri
 from cxr_dist.scrub import has_secret, scrub
-from cxr_dist.tracking import absolute_uri
 
 __all__ = [
     "check_dataset",
@@ -34,6 +35,8 @@ __all__ = [
     "run",
     "wants_gpu",
 ]
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -72,12 +75,19 @@ def check_secrets(config: Config) -> None:
 def check_tracking(config: Config) -> None:
     """The tracking store can be reached and written: a SQLite file, an MLflow server, or a database."""
     uri = config.tracking.uri
-    if uri.startswith("sqlite:"):
-        _check_sqlite(absolute_uri(uri))
-    elif uri.startswith(("http://", "https://")):
-        _check_server(uri.rstrip("/"), config.tracking.experiment)
-    else:
-        _check_database(uri)
+    try:
+        if uri.startswith("sqlite:"):
+            _check_sqlite(absolute_uri(uri))
+        elif uri.startswith(("http://", "https://")):
+            _check_server(uri.rstrip("/"), config.tracking.experiment)
+        else:
+            _check_database(uri)
+    except ConfigError:
+        raise
+    except InputError as error:
+        if config.tracking.required:
+            raise
+        log.warning("%s (the run begins all the same: tracking.required is false)", error)
 
 
 def check_storage(config: Config) -> None:

@@ -23,7 +23,7 @@ def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     from cxr_dist.cluster import connect
     from cxr_dist.data.ingest import ingest
     from cxr_dist.data.synth import write_release
-    from cxr_dist.tracking import absolute_uri
+    from cxr_dist.experiment import absolute_uri
     from cxr_dist.train.run import train
 
     os.environ.setdefault("RAY_ADDRESS", "local")  # the demo leaves a cluster of yours alone

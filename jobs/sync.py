@@ -14,7 +14,7 @@ from cxr_dist.errors import ConfigError, InputError
 
 def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     """Sync one run, or all under `train.storage_path`; {"runs": [what was found and done], "failed": {name: why}}."""
-    from cxr_dist.tracking import absolute_uri  # MLflow takes seconds to import; --help should not
+    from cxr_dist.experiment import absolute_uri  # MLflow takes seconds to import; --help should not
     from cxr_dist.train.checkpoint import run_folder
     from cxr_dist.train.sync import runs_under, sync_run
 

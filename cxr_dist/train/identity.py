@@ -34,6 +34,7 @@ FREE = {
     "run.resume",
     "run.commit",
     "tracking.uri",
+    "tracking.required",
     "model.prefix_chunk",
     "model.cuda_graph",
 }

@@ -14,9 +14,9 @@ from cxr_dist.data.nih import FINDINGS
 from cxr_dist.data.plan import Plan, Split
 from cxr_dist.data.rows import Journal, RowDecoder, fixed_rows
 from cxr_dist.data.shards import ShardReader
+from cxr_dist.experiment import absolute_uri
 from cxr_dist.model import weights
 from cxr_dist.model.augment import to_input
-from cxr_dist.tracking import absolute_uri
 from cxr_dist.train.checkpoint import run_folder
 from cxr_dist.train.job import TrainJob
 

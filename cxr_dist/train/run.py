@@ -1,5 +1,6 @@
 """A training run as the driver sees it: check, prepare, train on the ranks, evaluate, and keep everything in MLflow."""
 
+import contextlib
 import dataclasses
 import getpass
 import json
@@ -77,7 +78,7 @@ def train_as_owner(job: TrainJob, manifest: Manifest, lease: Lease) -> dict[str,
         describe(tracked, job, manifest)
         tracked.send_kept()
         try:
-            with system_metrics(job.tracking_uri, job.run_id):
+            with system_metrics(job.tracking_uri, job.run_id) if tracked.held else contextlib.nullcontext():
                 job, cache, data = with_features(job, use=identity.features)
                 identity.record(job, features=cache.sets is not None)
                 tracked.set_tags({"features": f"{'not ' if cache.sets is None else ''}kept: {cache.decision.why}"})
@@ -192,8 +193,7 @@ def evaluate(tracked: TrackedRun, job: TrainJob, corrupt: dict[str, str], *, las
         (folder / "corrupt_images.json").write_text(json.dumps(corrupt, indent=1))
     tracked.log_artifacts(folder)
     if judged.split == "test":
-        number = tracked.count_in_experiment("test_evaluations")
-        tracked.set_tags({"test_evaluation": f"number {number} of this experiment"})
+        tracked.count_in_experiment("test_evaluations", tag="test_evaluation")
         outcome["test_auroc"] = found["auroc"]
         named = {f"test/auroc/{name}": value for name, value in found["auroc"].items() if name != "mean"}
         named |= {"test/auroc_mean": found["auroc"]["mean"], "test/n_scored": float(len(judged))}

@@ -1,5 +1,6 @@
 """MLflow brought up to date with what runs left in storage: unsent metrics, and how those ended that could not say so."""
 
+import json
 import logging
 import time
 from collections.abc import Callable
@@ -10,10 +11,11 @@ from mlflow.exceptions import MlflowException
 
 from cxr_dist import storage, unsent
 from cxr_dist.errors import InputError, RunError
+from cxr_dist.experiment import PENDING, create_run
 from cxr_dist.journal import send_records
 from cxr_dist.scrub import scrub
 from cxr_dist.train.checkpoint import Checkpoints
-from cxr_dist.train.identity import read_run
+from cxr_dist.train.identity import FILE, read_run
 from cxr_dist.train.lease import STALE_S, Claim, latest_claims, living_owner
 from cxr_dist.train.outcome import Outcome
 
@@ -46,9 +48,13 @@ def sync_run(
     run_id, client = found["run_id"], MlflowClient(tracking_uri)
     try:
         alive, claims = living_owner(folder, stale_s=stale_s, pause=pause)
-        status = client.get_run(run_id).info.status
+        pending = run_id.startswith(PENDING)
         if alive is not None:
+            status = "not in MLflow yet" if pending else client.get_run(run_id).info.status
             return {"run_id": run_id, "status": status, "driver": alive.owner, "sent": 0}
+        if pending:
+            run_id = _begin(folder, found, client, tracking_uri)
+        status = client.get_run(run_id).info.status
         sent = unsent.send(folder, tracking_uri, run_id) + _send_carried(folder, tracking_uri, run_id)
         # as late as can be: a driver that begins meanwhile says itself how its run stands
         if claims and latest_claims(folder) == claims and client.get_run(run_id).info.status in UNFINISHED:
@@ -62,6 +68,14 @@ def sync_run(
             f"({scrub(' '.join(str(error).split()))[:300]}); start the server or give another URI"
         ) from None
     return {"run_id": run_id, "status": status, "driver": None, "sent": sent}
+
+
+def _begin(folder: str, found: dict[str, Any], client: MlflowClient, tracking_uri: str) -> str:
+    """Id of the MLflow run of a run that began while MLflow was away; from now on in its file."""
+    config = found["config"]
+    run_id = create_run(client, tracking_uri, config["tracking.experiment"], config["run.name"], found["run_id"])
+    storage.put_atomic(storage.join(folder, FILE), json.dumps(found | {"run_id": run_id}, indent=1).encode())
+    return run_id
 
 
 def _ending(folder: str, claim: Claim) -> tuple[str, str]:

@@ -152,6 +152,11 @@ class TestTracking:
             Config(tracking=TrackingConfig(uri=uri)),
         )
 
+    def test_no_server_where_none_is_required(self, closed_port: int, caplog: pytest.LogCaptureFixture) -> None:
+        uri = f"http://127.0.0.1:{closed_port}"
+        preflight.check_tracking(Config(tracking=TrackingConfig(uri=uri, required=False)))
+        assert "the run begins all the same" in caplog.text
+
     def test_a_server_that_accepts_and_says_nothing(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(preflight, "ANSWER_S", 0.2)
         with socket.create_server(("127.0.0.1", 0)) as silent:

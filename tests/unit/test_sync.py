@@ -12,6 +12,7 @@ from mlflow import MlflowClient
 from cxr_dist import storage, unsent
 from cxr_dist.environment import SETTINGS
 from cxr_dist.errors import InputError
+from cxr_dist.experiment import PENDING
 from cxr_dist.journal import MetricJournal
 from cxr_dist.train.checkpoint import Checkpoints
 from cxr_dist.train.lease import Claim, Lease
@@ -141,6 +142,23 @@ def test_a_server_that_is_away_loses_nothing(folder: str, run_id: str, tmp_path:
     with pytest.raises(InputError, match=r"MLflow at http://127\.0\.0\.1:9 does not take run"):
         sync_run(folder, dead)
     assert len(storage.list_files(f"{folder}/unsent")) == 1
+
+
+def test_a_run_that_began_without_mlflow_gets_its_run(
+    folder: str, store: str, client: MlflowClient, tmp_path: Path
+) -> None:
+    content = {"format": 1, "run_id": f"{PENDING}1", "config": {"tracking.experiment": "synced", "run.name": "demo"}}
+    storage.put_atomic(f"{folder}/run.json", json.dumps(content).encode())
+    Outcome(owner=3, status="FINISHED").write(folder)
+    journal = MetricJournal(tmp_path / "kept.jsonl", "http://127.0.0.1:9", f"{PENDING}1")
+    journal.log({"loss": 1.0}, step=1)
+    unsent.close(journal, folder, timeout_s=1)
+    found = sync_run(folder, store)
+    assert (found["status"], found["sent"]) == ("FINISHED", 1)
+    run = client.get_run(found["run_id"])
+    assert (run.info.run_name, run.info.status, steps(client, found["run_id"])) == ("demo", "FINISHED", [1])
+    assert json.loads(storage.read_bytes(f"{folder}/run.json")) == content | {"run_id": found["run_id"]}
+    assert sync_run(folder, store)["run_id"] == found["run_id"]
 
 
 def test_runs_are_found_by_their_files(folder: str, tmp_path: Path, store: str) -> None:

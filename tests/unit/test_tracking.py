@@ -1,5 +1,6 @@
 """The run's life and the metrics journal, on a real SQLite store; servers and signals are in tests/integration."""
 
+import io
 import json
 import math
 import os
@@ -15,8 +16,10 @@ from hypothesis import strategies as st
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
+from cxr_dist import unsent
 from cxr_dist.config import Config, RunConfig, TrackingConfig
 from cxr_dist.errors import DataError, InputError
+from cxr_dist.experiment import PENDING
 from cxr_dist.journal import MetricJournal, send_unsent
 from cxr_dist.scrub import has_secret, scrub, scrub_items
 from cxr_dist.tracking import TrackedRun, open_run
@@ -49,10 +52,23 @@ def dead_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         yield f"http://127.0.0.1:{held.getsockname()[1]}"
 
 
-def _run(store: str, tmp_path: Path, *, run_id: str | None = None, **given_: dict[str, object]) -> TrackedRun:
-    config = Config(tracking=TrackingConfig(uri=store, experiment="life"), run=RunConfig(name="one"))
+def _run(
+    store: str,
+    tmp_path: Path,
+    *,
+    run_id: str | None = None,
+    required: bool = True,
+    folder: str = "",
+    **given_: dict[str, object],
+) -> TrackedRun:
+    config = Config(tracking=TrackingConfig(uri=store, experiment="life", required=required), run=RunConfig(name="one"))
     return open_run(
-        config, run_id=run_id, params=given_.get("params", {}), tags=given_.get("tags", {}), storage_dir=str(tmp_path)
+        config,
+        run_id=run_id,
+        params=given_.get("params", {}),
+        tags=given_.get("tags", {}),
+        storage_dir=str(tmp_path),
+        folder=folder,
     )
 
 
@@ -197,7 +213,8 @@ def test_what_is_counted_in_the_experiment_grows_over_its_runs(
 ) -> None:
     for expected in (1, 2):
         with _run(store, tmp_path) as run:
-            assert run.count_in_experiment("looks") == expected
+            run.count_in_experiment("looks", tag="look")
+        assert client.get_run(run.run_id).data.tags["look"] == f"number {expected} of this experiment"
     experiment = client.get_run(run.run_id).info.experiment_id
     assert client.get_experiment(experiment).tags["looks"] == "2"
 
@@ -255,6 +272,101 @@ def test_what_a_server_missed_is_tried_again_at_the_end(
         monkeypatch.setattr(MlflowClient, "log_artifacts", whole)
     assert run.missed == []
     assert [file.path for file in client.list_artifacts(run.run_id)] == ["auroc.csv"]
+
+
+def test_what_a_server_missed_for_good_is_kept_with_the_run_and_told_later(
+    store: str, client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "report" / "figures").mkdir(parents=True)
+    (tmp_path / "report" / "figures" / "roc.svg").write_text("<svg/>")
+    (tmp_path / "report" / "auroc.csv").write_text("0.8")
+    (tmp_path / "notes.txt").write_text("two lines")
+    folder = str(tmp_path / "runs" / "one")
+
+    def away(*args: object, **kwargs: object) -> None:
+        raise MlflowException("no route to host")
+
+    with _run(store, tmp_path, folder=folder) as run:
+        for name in ("log_artifacts", "log_artifact", "log_batch", "log_inputs", "set_experiment_tag"):
+            monkeypatch.setattr(MlflowClient, name, away)
+        run.log_artifacts(tmp_path / "report")
+        run.log_artifact(tmp_path / "notes.txt", "more")
+        run.log_params({"lr": 0.1})
+        run.set_tags({"split": "official"})
+        run.log_dataset("nih", "ab", "s3://bucket/nih", {})
+        run.count_in_experiment("looks", tag="look")
+    monkeypatch.undo()
+    assert len(run.missed) == 6
+    (tmp_path / "report" / "auroc.csv").unlink()  # what was kept is a copy
+    assert unsent.waits(folder)
+    assert unsent.send(folder, store, run.run_id) == 0
+    found = client.get_run(run.run_id)
+    assert {file.path for file in client.list_artifacts(run.run_id)} == {"auroc.csv", "figures", "more"}
+    assert [file.path for file in client.list_artifacts(run.run_id, "more")] == ["more/notes.txt"]
+    assert [file.path for file in client.list_artifacts(run.run_id, "figures")] == ["figures/roc.svg"]
+    assert found.data.params == {"lr": "0.1"}
+    assert found.data.tags["split"] == "official"
+    assert found.data.tags["look"].startswith("number ")
+    assert found.inputs.dataset_inputs[0].dataset.name == "nih"
+    assert not unsent.waits(folder)
+
+
+def test_a_run_begins_without_a_server_if_it_may(
+    store: str, client: MlflowClient, tmp_path: Path, dead_server: str
+) -> None:
+    folder = str(tmp_path / "runs" / "one")
+    with _run(dead_server, tmp_path, required=False, folder=folder, params={"lr": 0.1}) as run:
+        assert run.run_id.startswith(PENDING)
+        run.log_metrics({"test/auroc": 0.75}, step=3)
+    assert run.missed[-1] == "status FINISHED"
+    with _run(store, tmp_path, run_id=run.run_id, folder=folder) as again:
+        again.send_kept()
+    assert not again.run_id.startswith(PENDING)
+    found = client.get_run(again.run_id)
+    assert (found.info.status, found.info.run_name, found.data.params) == ("FINISHED", "one", {"lr": "0.1"})
+    assert found.data.tags["pending_id"] == run.run_id
+    assert _history(client, again.run_id, "test/auroc") == [(3, 0.75)]
+    with _run(store, tmp_path, run_id=run.run_id) as third:
+        assert third.run_id == again.run_id
+
+
+def test_journal_on_a_full_disk_still_sends(
+    client: MlflowClient, store: str, run_id: str, tmp_path: Path, dead_server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "rank0.jsonl"
+    journal = MetricJournal(path, dead_server, run_id)
+    journal.log({"loss": 0.9}, step=1)
+    whole = path.read_bytes()
+
+    def full(self: io.FileIO, line: bytes) -> int:
+        """Half of it fits."""
+        return whole_write(self, line[: len(line) // 2])
+
+    class Full(io.FileIO):
+        write = full
+
+    whole_write = io.FileIO.write
+    journal._file.file = Full(path, "a+")
+    journal.log({"loss": 0.8}, step=2)
+    assert path.read_bytes() == whole
+    journal._file.file = io.FileIO(path, "a+")
+    journal.log({"loss": 0.7}, step=3)
+    assert [record["step"] for record in journal.unsent_records()] == [1, 2, 3]
+    folder = str(tmp_path / "runs" / "one")
+    assert unsent.close(journal, folder, 1) == 3
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()[1:]] == [1, 3]
+    assert unsent.send(folder, store, run_id) == 3
+    assert _history(client, run_id, "loss") == [(1, 0.9), (2, 0.8), (3, 0.7)]
+
+
+def test_journal_without_a_folder_to_write_in_still_sends(
+    client: MlflowClient, store: str, run_id: str, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    journal = MetricJournal(tmp_path / "file" / "rank0.jsonl", store, run_id)
+    journal.log({"loss": 0.9}, step=1)
+    assert journal.close(30) == 0
+    assert _history(client, run_id, "loss") == [(1, 0.9)]
 
 
 def test_journal_logs_each_step_once_across_restarts(

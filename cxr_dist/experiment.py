@@ -1,0 +1,64 @@
+"""MLflow experiments and the runs in them: the store's address, and runs that are created once."""
+
+from pathlib import Path
+
+from mlflow import MlflowClient
+from mlflow.entities import Experiment
+from mlflow.exceptions import MlflowException
+
+from cxr_dist.errors import InputError
+
+__all__ = ["PENDING", "absolute_uri", "create_run"]
+
+EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
+"""Makes MLflow's UI open the experiment as model training, with its charts, and not as language-model traces."""
+
+PENDING = "pending-"
+"""Beginning of the id of a run that MLflow does not have yet; its tag `pending_id` once it has."""
+
+
+def create_run(client: MlflowClient, tracking_uri: str, experiment: str, name: str, pending: str = "") -> str:
+    """Id of a new run in an experiment, which is created if it is missing; one for each id of `pending`, however often asked.
+
+    Raises InputError if the experiment is deleted, MlflowException if the server does not do it.
+    """
+    found = _find_experiment(client, tracking_uri, experiment)
+    if found.lifecycle_stage != "active":
+        raise InputError(
+            f"tracking.experiment: {experiment!r} is deleted; restore it "
+            f"(mlflow experiments restore -x {found.experiment_id}) or give another name"
+        )
+    if pending:
+        for run in client.search_runs([found.experiment_id], f"tags.pending_id = '{pending}'", max_results=1):
+            return run.info.run_id
+    tags = {"pending_id": pending} if pending else None
+    return client.create_run(found.experiment_id, run_name=name or None, tags=tags).info.run_id
+
+
+def _find_experiment(client: MlflowClient, tracking_uri: str, name: str) -> Experiment:
+    found = client.get_experiment_by_name(name)
+    if found is not None:
+        return found
+    try:
+        created = client.create_experiment(name, _artifacts_beside(tracking_uri), tags=EXPERIMENT_TAGS)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+        return client.get_experiment_by_name(name)
+    return client.get_experiment(created)
+
+
+def absolute_uri(tracking_uri: str) -> str:
+    """The tracking URI as every process may use it: a relative SQLite path is taken from the current folder."""
+    prefix = "sqlite:///"
+    if not tracking_uri.startswith(prefix):
+        return tracking_uri
+    return prefix + str(Path(tracking_uri.removeprefix(prefix)).absolute())
+
+
+def _artifacts_beside(tracking_uri: str) -> str | None:
+    """Folder for artifacts next to a SQLite database (MLflow's default depends on the current folder); None: the server's."""
+    if not tracking_uri.startswith("sqlite:///"):
+        return None
+    database = Path(tracking_uri.removeprefix("sqlite:///"))
+    return (database.parent / f"{database.stem}-artifacts").as_uri()
