@@ -11,6 +11,10 @@ square). What each kind of file becomes:
 
 8-bit grey and RGBA PNG (all of NIH) are decoded by kornia_rs, everything else, and what that refuses, by Pillow.
 
+What a PNG is held to: it is whole to its end mark, the checksum of every chunk that pixels come from is right, and each
+pixel is there. The checksum inside the compressed stream is not looked at: the chunks' own cover the same bytes. JPEG has
+no checksums: one that is cut is refused, one that is damaged within may not be.
+
 The resize is antialiased bilinear (a triangle as wide as the reduction), within one level of torchvision's float32
 `resize(antialias=True)`, and made of whole numbers only: its bits depend on no CPU, BLAS or number of threads.
 """
@@ -47,6 +51,8 @@ MAX_SIDE = 1 << 15
 """Longest side that is decoded: the matrices of the resize grow with it."""
 
 _PNG = b"\x89PNG\r\n\x1a\n"
+_END = b"\0\0\0\0IEND\xaeB`\x82"
+"""The last chunk of every PNG. Files rarely have bytes behind it: then the chunks are walked to find it."""
 _FAST = {0: "mono", 6: "rgba"}
 """PNG colour types that kornia_rs decodes (2.5 and 1.7 times as fast as Pillow), and its names for them."""
 
@@ -83,19 +89,23 @@ def decode(encoded: bytes) -> np.ndarray:
         raise ImageError("empty file")
     if encoded[:8] != _PNG:
         return _decode_pillow(encoded)
-    if len(encoded) < 33 or encoded[12:16] != b"IHDR":
+    if len(encoded) < 33 or encoded[8:16] != b"\0\0\0\rIHDR":
         raise ImageError("truncated PNG header")
-    width, height, depth, colour, _, _, interlace = struct.unpack(">IIBBBBB", encoded[16:29])
+    width, height, depth, colour, compression, filters, interlace = struct.unpack(">IIBBBBB", encoded[16:29])
     _check_shape(width, height)
+    if compression or filters or interlace > 1:
+        raise ImageError(f"unknown PNG methods (compression {compression}, filter {filters}, interlace {interlace})")
     if (depth, interlace) == (8, 0) and colour in _FAST:
         try:
             pixels = kornia_rs.io.decode_image_png_u8(encoded, (height, width), _FAST[colour])
         except Exception:  # noqa: BLE001, S110  kornia_rs raises bare Exception; Pillow decides and gives the reason
             pass
         else:
+            if not encoded.endswith(_END):
+                _check_chunks(encoded)
             return pixels.reshape(height, width) if colour == 0 else _grey(Image.fromarray(pixels))
-    _check_chunks(encoded)
-    return _decode_pillow(encoded)
+    chunks = _check_chunks(encoded)
+    return _decode_pillow(encoded, _palette_colours(chunks) if colour == 3 else 256)
 
 
 class _Group(NamedTuple):
@@ -136,16 +146,19 @@ def resize(grey: np.ndarray, size: int) -> np.ndarray:
     return np.rint(out, out=out).astype(np.uint8)
 
 
-def _decode_pillow(encoded: bytes) -> np.ndarray:
+def _decode_pillow(encoded: bytes, num_colours: int = 256) -> np.ndarray:
+    """`num_colours`: of the palette; Pillow makes up the colours that are missing."""
     try:
         with Image.open(io.BytesIO(encoded), formats=("PNG", "JPEG")) as image:
             _check_shape(*image.size)
             image.load()
+            if image.mode == "P" and (colour := int(np.asarray(image).max())) >= num_colours:
+                raise ImageError(f"a pixel of colour {colour} in a palette of {num_colours}")
             return _grey(image)
     except ImageError:
         raise
     except Image.UnidentifiedImageError:
-        raise ImageError("neither PNG nor JPEG") from None
+        raise ImageError("broken PNG header" if encoded.startswith(_PNG) else "neither PNG nor JPEG") from None
     except (
         OSError,
         SyntaxError,
@@ -186,9 +199,9 @@ def _check_shape(width: int, height: int) -> None:
         raise ImageError(f"{width} x {height} pixels, a side longer than the {MAX_SIDE} that are decoded")
 
 
-def _check_chunks(encoded: bytes) -> None:
-    """Every chunk to IEND is there and has its checksum; Pillow itself skips that of the image data."""
-    at = len(_PNG)
+def _check_chunks(encoded: bytes) -> list[tuple[bytes, int]]:
+    """Kind and length of every chunk to IEND, each there and with its checksum; Pillow itself skips that of IDAT."""
+    at, chunks = len(_PNG), []
     while True:
         if at + 12 > len(encoded):
             raise ImageError("truncated PNG")
@@ -198,9 +211,17 @@ def _check_chunks(encoded: bytes) -> None:
             raise ImageError("truncated PNG")
         if zlib.crc32(memoryview(encoded)[at + 4 : end - 4]) != struct.unpack_from(">I", encoded, end - 4)[0]:
             raise ImageError(f"wrong checksum in PNG chunk {kind.decode('latin-1')!r}")
+        chunks.append((kind, length))
         if kind == b"IEND":
-            return
+            return chunks
         at = end
+
+
+def _palette_colours(chunks: list[tuple[bytes, int]]) -> int:
+    lengths = [length for kind, length in chunks if kind == b"PLTE"]
+    if len(lengths) != 1 or lengths[0] % 3 or not 3 <= lengths[0] <= 768:
+        raise ImageError(f"palettes of {lengths} bytes, expected one of 3 to 768")
+    return lengths[0] // 3
 
 
 @functools.lru_cache(maxsize=64)
