@@ -30,6 +30,8 @@ import kornia_rs.io
 import numpy as np
 from PIL import Image
 
+from cxr_dist.data import png
+
 __all__ = [
     "MAX_PIXELS",
     "MAX_SIDE",
@@ -50,9 +52,6 @@ MAX_PIXELS = 1 << 26
 MAX_SIDE = 1 << 15
 """Longest side that is decoded: the matrices of the resize grow with it."""
 
-_PNG = b"\x89PNG\r\n\x1a\n"
-_END = b"\0\0\0\0IEND\xaeB`\x82"
-"""The last chunk of every PNG. Files rarely have bytes behind it: then the chunks are walked to find it."""
 _FAST = {0: "mono", 6: "rgba"}
 """PNG colour types that kornia_rs decodes (2.5 and 1.7 times as fast as Pillow), and its names for them."""
 
@@ -87,25 +86,12 @@ def decode(encoded: bytes) -> np.ndarray:
     """uint8 [height, width], at the image's own size. Raises ImageError."""
     if not encoded:
         raise ImageError("empty file")
-    if encoded[:8] != _PNG:
+    if not encoded.startswith(png.SIGNATURE):
         return _decode_pillow(encoded)
-    if len(encoded) < 33 or encoded[8:16] != b"\0\0\0\rIHDR":
-        raise ImageError("truncated PNG header")
-    width, height, depth, colour, compression, filters, interlace = struct.unpack(">IIBBBBB", encoded[16:29])
-    _check_shape(width, height)
-    if compression or filters or interlace > 1:
-        raise ImageError(f"unknown PNG methods (compression {compression}, filter {filters}, interlace {interlace})")
-    if (depth, interlace) == (8, 0) and colour in _FAST:
-        try:
-            pixels = kornia_rs.io.decode_image_png_u8(encoded, (height, width), _FAST[colour])
-        except Exception:  # noqa: BLE001, S110  kornia_rs raises bare Exception; Pillow decides and gives the reason
-            pass
-        else:
-            if not encoded.endswith(_END):
-                _check_chunks(encoded)
-            return pixels.reshape(height, width) if colour == 0 else _grey(Image.fromarray(pixels))
-    chunks = _check_chunks(encoded)
-    return _decode_pillow(encoded, _palette_colours(chunks) if colour == 3 else 256)
+    try:
+        return _decode_png(encoded)
+    except png.PngError as error:
+        raise ImageError(str(error)) from None
 
 
 class _Group(NamedTuple):
@@ -146,6 +132,23 @@ def resize(grey: np.ndarray, size: int) -> np.ndarray:
     return np.rint(out, out=out).astype(np.uint8)
 
 
+def _decode_png(encoded: bytes) -> np.ndarray:
+    head = png.header(encoded)
+    _check_shape(head.width, head.height)
+    if (head.depth, head.interlace) == (8, 0) and head.colour in _FAST:
+        try:
+            pixels = kornia_rs.io.decode_image_png_u8(encoded, (head.height, head.width), _FAST[head.colour])
+        except Exception:  # noqa: BLE001, S110  kornia_rs raises bare Exception; Pillow decides and gives the reason
+            pass
+        else:
+            if not encoded.endswith(png.END):  # rare: bytes behind it, so the chunks are walked to find it
+                png.chunks(encoded)
+            return pixels.reshape(head.height, head.width) if head.colour == 0 else _grey(Image.fromarray(pixels))
+    chunks = png.chunks(encoded)
+    png.check_pixels(head, chunks)
+    return _decode_pillow(encoded, png.palette_colours(chunks) if head.colour == 3 else 256)
+
+
 def _decode_pillow(encoded: bytes, num_colours: int = 256) -> np.ndarray:
     """`num_colours`: of the palette; Pillow makes up the colours that are missing."""
     try:
@@ -158,7 +161,7 @@ def _decode_pillow(encoded: bytes, num_colours: int = 256) -> np.ndarray:
     except ImageError:
         raise
     except Image.UnidentifiedImageError:
-        raise ImageError("broken PNG header" if encoded.startswith(_PNG) else "neither PNG nor JPEG") from None
+        raise ImageError("broken PNG header" if encoded.startswith(png.SIGNATURE) else "neither PNG nor JPEG") from None
     except (
         OSError,
         SyntaxError,
@@ -197,31 +200,6 @@ def _check_shape(width: int, height: int) -> None:
         raise ImageError(f"{width} x {height} pixels, more than the {MAX_PIXELS} that are decoded")
     if max(width, height) > MAX_SIDE:
         raise ImageError(f"{width} x {height} pixels, a side longer than the {MAX_SIDE} that are decoded")
-
-
-def _check_chunks(encoded: bytes) -> list[tuple[bytes, int]]:
-    """Kind and length of every chunk to IEND, each there and with its checksum; Pillow itself skips that of IDAT."""
-    at, chunks = len(_PNG), []
-    while True:
-        if at + 12 > len(encoded):
-            raise ImageError("truncated PNG")
-        length, kind = struct.unpack_from(">I4s", encoded, at)
-        end = at + 12 + length
-        if end > len(encoded):
-            raise ImageError("truncated PNG")
-        if zlib.crc32(memoryview(encoded)[at + 4 : end - 4]) != struct.unpack_from(">I", encoded, end - 4)[0]:
-            raise ImageError(f"wrong checksum in PNG chunk {kind.decode('latin-1')!r}")
-        chunks.append((kind, length))
-        if kind == b"IEND":
-            return chunks
-        at = end
-
-
-def _palette_colours(chunks: list[tuple[bytes, int]]) -> int:
-    lengths = [length for kind, length in chunks if kind == b"PLTE"]
-    if len(lengths) != 1 or lengths[0] % 3 or not 3 <= lengths[0] <= 768:
-        raise ImageError(f"palettes of {lengths} bytes, expected one of 3 to 768")
-    return lengths[0] // 3
 
 
 @functools.lru_cache(maxsize=64)

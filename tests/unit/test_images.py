@@ -15,6 +15,7 @@ from PIL import Image
 
 from cxr_dist.data import images
 from cxr_dist.data.images import ImageError, to_grey, to_grey_many
+from cxr_dist.data.png import END, SIGNATURE
 from tests.releases import bomb, noise, png
 
 
@@ -180,7 +181,7 @@ def flat_png(colour: int, *before: bytes, methods: bytes = bytes(3)) -> bytes:
     """4 x 4 pixels of value 2, and chunks before their data."""
     header = struct.pack(">IIBB", 4, 4, 8, colour) + methods
     lines = zlib.compress((b"\0" + b"\2" * 4) * 4)
-    return images._PNG + chunk(b"IHDR", header) + b"".join(before) + chunk(b"IDAT", lines) + images._END
+    return SIGNATURE + chunk(b"IHDR", header) + b"".join(before) + chunk(b"IDAT", lines) + END
 
 
 @pytest.mark.parametrize(
@@ -199,6 +200,18 @@ def test_what_a_decoder_would_make_up_is_refused(data, reason):
     assert (images.decode(flat_png(3, chunk(b"PLTE", b"\7" * 9))) == 7).all()
     with pytest.raises(ImageError, match=reason):
         images.decode(data)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "RGB", "P", "1", "I;16", "interlaced"])
+def test_lines_that_are_missing_are_not_black(mode):
+    """The header says a line more than there is; Pillow alone gives a black one."""
+    pixels = noise(9, 17)
+    data = bytearray(raw_png(pixels, interlaced=True) if mode == "interlaced" else png(pixels, mode))
+    assert images.decode(bytes(data)).shape == (17, 17)
+    data[20:24] = (18).to_bytes(4, "big")
+    data[29:33] = zlib.crc32(bytes(data[12:29])).to_bytes(4, "big")
+    with pytest.raises(ImageError, match=r"bytes of pixels are missing|broken pixels"):
+        images.decode(bytes(data))
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "RGB"])
