@@ -122,19 +122,22 @@ def members(release: str, path: str) -> Iterator[tuple[str, bytes]]:
     uri = storage.join(release, path)
     where = storage.shown(uri)
     try:
-        with storage.open_stream(uri) as stream, _unpacked(stream) as plain:
-            with tarfile.open(fileobj=plain, mode="r|", tarinfo=_Member) as tar:
-                for member in tar:
-                    _check_member(where, member)
-                    name = member.name.rsplit("/", 1)[-1]
-                    if not member.isfile() or not name.lower().endswith(".png") or name.startswith("."):
-                        continue
-                    file = tar.extractfile(member)
-                    data = file.read() if file else b""
-                    if len(data) != member.size:
-                        raise EOFError(f"{member.name} is cut")
-                    yield name, data
-            _check_padding(plain)
+        with (
+            storage.open_stream(uri) as stream,
+            _unpacked(stream) as plain,
+            tarfile.open(fileobj=plain, mode="r|", tarinfo=_Member) as tar,
+        ):
+            for member in tar:
+                _check_member(where, member)
+                name = member.name.rsplit("/", 1)[-1]
+                if not member.isfile() or not name.lower().endswith(".png") or name.startswith("."):
+                    continue
+                file = tar.extractfile(member)
+                data = file.read() if file else b""
+                if len(data) != member.size:
+                    raise EOFError(f"{member.name} is cut")
+                yield name, data
+            _check_padding(cast(IO[bytes], tar.fileobj))  # not `plain`: tarfile has read ahead of itself
     except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(f"{where}: found a broken archive ({error}); fetch it again") from None
 
@@ -164,10 +167,10 @@ _EXTENDED = (
 )
 
 
-def _check_padding(plain: IO[bytes]) -> None:
+def _check_padding(rest: IO[bytes]) -> None:
     """Zeros to the end of the file; gzip checks its own end mark and checksum when it gets there."""
     read = 0
-    while block := plain.read(1 << 16):
+    while block := rest.read(1 << 16):
         read += len(block)
         if any(block):
             raise EOFError("data behind the end mark, as of two archives in one file")
@@ -209,8 +212,8 @@ def _check_member(where: str, member: tarfile.TarInfo) -> None:
         wrong = "a path that leaves the folder"
     elif not member.name.isprintable():
         wrong = "a name of other characters than text"
-    elif not (member.isfile() or member.isdir()):
-        wrong = "a link or device"
+    elif not (member.isfile() or member.isdir()) or member.issparse():
+        wrong = "a link or device or sparse file"
     elif not 0 <= member.size <= MAX_MEMBER_BYTES:
         wrong = f"{member.size} bytes, expected at most the {MAX_MEMBER_BYTES} of any radiograph"
     if wrong:

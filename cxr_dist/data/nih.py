@@ -232,7 +232,7 @@ def _column(header: list[str], names: tuple[str, ...], file: str) -> int:
     if found:
         return found[0]
     near = difflib.get_close_matches(names[0], header, 1)
-    hint = f" (nearest: {near[0]!r})" if near else ""
+    hint = f" (nearest: {texts.shown(near[0])})" if near else ""
     raise DataError(f"{file}: row 1: found no column {names[0]!r}{hint}, expected the header of NIH's Data_Entry_2017")
 
 
@@ -245,7 +245,7 @@ def _parse_findings(label: str, where: str) -> np.ndarray:
         if name not in FINDINGS:
             near = difflib.get_close_matches(name, (*FINDINGS, NO_FINDING), 1, 0.0)[0]
             raise DataError(
-                f"{where}: found finding {name!r}, expected one of the fourteen or {NO_FINDING!r}; nearest: {near}"
+                f"{where}: found finding {texts.shown(name)}, expected one of the fourteen or {NO_FINDING!r}; nearest: {near}"
             )
         row[FINDINGS.index(name)] = True
     return row
@@ -254,7 +254,7 @@ def _parse_findings(label: str, where: str) -> np.ndarray:
 def _whole_number(cell: str, column: str, name: str, number: int) -> int:
     cell = cell.strip()
     if not re.fullmatch(r"\d{1,9}", cell):
-        raise DataError(f"{name}: row {number}: found {cell!r} in {column}, expected a whole number")
+        raise DataError(f"{name}: row {number}: found {texts.shown(cell)} in {column}, expected a whole number")
     return int(cell)
 
 
@@ -273,7 +273,7 @@ def _one_of(known: tuple[str, ...], cell: str, column: str, name: str, number: i
     """The cell, one of the known values or blank."""
     cell = cell.strip()
     if cell and cell not in known:
-        raise DataError(f"{name}: row {number}: found {cell!r} in {column}, expected {' or '.join(known)}")
+        raise DataError(f"{name}: row {number}: found {texts.shown(cell)} in {column}, expected {' or '.join(known)}")
     return cell
 
 
@@ -284,7 +284,7 @@ def _age(cell: str, name: str, number: int) -> int | None:
         return None
     match = re.fullmatch(r"(\d{1,4})([YMD]?)", cell)
     if not match:
-        raise DataError(f"{name}: row {number}: found age {cell!r}, expected years such as 58 or 058Y")
+        raise DataError(f"{name}: row {number}: found age {texts.shown(cell)}, expected years such as 58 or 058Y")
     years = int(match[1]) // {"": 1, "Y": 1, "M": 12, "D": 365}[match[2]]
     return years if years <= MAX_AGE else None
 

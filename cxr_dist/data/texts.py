@@ -9,9 +9,9 @@ from collections.abc import Iterator
 
 from cxr_dist.errors import DataError
 
-__all__ = ["MAX_BYTES", "csv_rows", "decode", "image_name", "unpack"]
+__all__ = ["MAX_BYTES", "csv_rows", "decode", "image_name", "shown", "unpack"]
 
-MAX_BYTES = 256 << 20
+MAX_BYTES = 128 << 20
 """Largest text file, unpacked, that is believed; NIH's label CSV is 9 MB, the scores of all its images 40 MB."""
 
 _NOT_IN_NAMES = frozenset('/\\,|"')
@@ -67,5 +67,10 @@ def image_name(cell: str, where: str) -> str:
     if not name:
         raise DataError(f"{where}: found no image name, expected e.g. 00000001_000.png")
     if not name.isprintable() or _NOT_IN_NAMES & set(name):
-        raise DataError(f"{where}: found {name[:80]!r}, expected an image name such as 00000001_000.png")
+        raise DataError(f"{where}: found {shown(name)}, expected an image name such as 00000001_000.png")
     return name
+
+
+def shown(cell: str) -> str:
+    """A cell as errors show it: on one line, and of a long one the beginning."""
+    return repr(cell) if len(cell) <= 60 else f"{cell[:60]!r}…"

@@ -181,11 +181,15 @@ def read_external(path: str | Path, labels: pa.Table, findings: tuple[str, ...],
     frame = _read_frame(data, str(path))
     id_column = next((name for name in _ID_COLUMNS if name in frame.columns), None)
     if id_column is None:
-        raise DataError(f"{path}: no column image_id or 'Image Index' among {', '.join(map(str, frame.columns[:8]))}")
+        raise DataError(
+            f"{path}: no column image_id or 'Image Index' among {', '.join(texts.shown(str(c)) for c in frame.columns[:8])}"
+        )
     columns = _score_columns(frame, findings, str(path))
     present = tuple(finding for finding in findings if finding in columns)
 
     image_ids = frame[id_column].astype(str).to_numpy(dtype=np.str_)
+    for number, image_id in enumerate(image_ids.tolist(), start=1):
+        texts.image_name(image_id, f"{path}: row {number}")
     _check_unique(image_ids, str(path))
     probabilities = np.empty((len(frame), len(present)))
     for k, finding in enumerate(present):
@@ -193,10 +197,10 @@ def read_external(path: str | Path, labels: pa.Table, findings: tuple[str, ...],
     _check_probabilities(probabilities, tuple(columns[f] for f in present), image_ids, str(path))
 
     rows = pd.Index(labels["image_id"].to_pylist()).get_indexer(pd.Index(image_ids.tolist()))
-    missing = image_ids[rows < 0]
+    missing = image_ids[rows < 0].tolist()
     if len(missing):
         raise DataError(
-            f"{path}: {len(missing)} of {len(image_ids)} image ids have no label, first {', '.join(missing[:3])}; "
+            f"{path}: {len(missing)} of {len(image_ids)} image ids have no label, first {', '.join(texts.shown(i) for i in missing[:3])}; "
             "expected the file names of the label CSV, such as 00000001_000.png"
         )
     return ScoreTable(
@@ -283,7 +287,9 @@ def _score_columns(frame: pd.DataFrame, findings: tuple[str, ...], name: str) ->
             continue
         elif prefixed or column in numeric:
             near = difflib.get_close_matches(finding, nih.FINDINGS, n=1, cutoff=0.0)[0]
-            raise DataError(f"{name}: column {column!r} is no finding, the nearest is {near!r}; rename or drop it")
+            raise DataError(
+                f"{name}: column {texts.shown(column)} is no finding, the nearest is {near!r}; rename or drop it"
+            )
     if not columns:
         raise DataError(f"{name}: no column of scores, expected at least one of {', '.join(findings)}")
     return columns
@@ -294,7 +300,7 @@ def _numbers(column: pd.Series, image_ids: NDArray[np.str_], name: str) -> NDArr
     bad = np.flatnonzero(np.isnan(numbers))
     if len(bad):
         row = int(bad[0])
-        found = "NaN or nothing" if pd.isna(column.iloc[row]) else repr(str(column.iloc[row]))
+        found = "NaN or nothing" if pd.isna(column.iloc[row]) else texts.shown(str(column.iloc[row]))
         raise DataError(
             f"{name}: row {row + 1} ({image_ids[row]}), column {column.name}: found {found}, expected a probability "
             f"({len(bad)} such rows); score the image or leave its row out"

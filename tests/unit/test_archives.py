@@ -131,13 +131,15 @@ def member(name: bytes = b"images/a.png", size: bytes = b"00000000000\0", kind: 
     ("data", "words"),
     [
         (tar() + tar(), "broken archive .*data behind the end mark"),
+        (tar()[: starts()[2]] + bytes(512) + tar()[starts()[2] + 512 :], "broken archive .*data behind the end mark"),
         (tar() + bytes(2 << 20), "broken archive .*more than 1048576 zeros"),
         (member(size=b"77777777777\0", kind=b"x"), "broken archive .*extended header of 8589934591 bytes"),
         (member(size=b"77777777777\0", kind=b"L"), "broken archive .*extended header of 8589934591 bytes"),
         (member(size=b"\xff" * 12), "found -1 bytes, expected at most"),
+        (member(kind=b"S") + bytes(1024), "found a link or device or sparse file"),
         (member(b"images/\xe9.png") + bytes(1024), "found a name of other characters than text"),
     ],
-    ids=["two in one", "zeros", "pax", "long name", "negative", "latin-1"],
+    ids=["two in one", "header lost", "zeros", "pax", "long name", "negative", "sparse", "latin-1"],
 )
 def test_what_would_be_lost_or_fill_the_memory_is_refused(tmp_path, data, words):
     for packed in (data, gzip.compress(data)):

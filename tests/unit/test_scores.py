@@ -189,7 +189,7 @@ def test_own_table_keeps_its_split_when_joined_anew(tmp_path: Path, labels: pa.T
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("name,Mass\n00000001_000.png,0.5\n", "no column image_id or 'Image Index' among name, Mass"),
+        ("name,Mass\n00000001_000.png,0.5\n", "no column image_id or 'Image Index' among .name., .Mass."),
         ("image_id,Pleural Thickening\n00000001_000.png,0.5\n", "no finding, the nearest is 'Pleural_Thickening'"),
         (
             "image_id,prob_mass,prob_Hernia\n00000001_000.png,0.5,1\n",
@@ -206,7 +206,7 @@ def test_own_table_keeps_its_split_when_joined_anew(tmp_path: Path, labels: pa.T
         ("image_id,Mass\n00000001_000.png,high\n", r"row 1 \(00000001_000.png\), column Mass: found 'high', expected"),
         ("image_id,Mass\n00000001_000.png,-2.5\n", "found -2.5, expected 0 to 1; it looks like logits"),
         ("image_id,Mass\n00000001_000.png,0.5\n00000001_000.png,0.5\n", "image id 00000001_000.png is there 2 times"),
-        ("image_id,Mass\nx.png,0.5\n00000001_000.png,0.5\n", "1 of 2 image ids have no label, first x.png"),
+        ("image_id,Mass\nx.png,0.5\n00000001_000.png,0.5\n", "1 of 2 image ids have no label, first .x.png."),
     ],
 )
 def test_external_faults_are_named(tmp_path: Path, labels: pa.Table, text: str, message: str) -> None:
