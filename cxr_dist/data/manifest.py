@@ -135,7 +135,7 @@ class Manifest:
             ) from None
         if version != FORMAT:
             raise DataError(
-                f"{where}: found manifest format {str(version)[:40]}, this version reads {FORMAT}; "
+                f"{where}: found manifest format {_brief(str(version))}, this version reads {FORMAT}; "
                 f"read it with the cxr-dist whose data.manifest.FORMAT is that, or ingest again to another data.uri"
             )
         try:
@@ -144,9 +144,9 @@ class Manifest:
             digest = hashlib.sha256(data).hexdigest()
             manifest = fields.typed(cls, {**raw, "uri": uri, "hash": digest}, "manifest")
         except fields.WrongFieldError as error:
-            raise DataError(f"{where}: {error}; ingest again to another data.uri") from None
+            raise DataError(f"{where}: {_brief(str(error))}; ingest again to another data.uri") from None
         if wrong := next(_contradictions(manifest), ""):
-            raise DataError(f"{where}: found {wrong}; the file was changed, ingest again to another data.uri")
+            raise DataError(f"{where}: found {_brief(wrong)}; the file was changed, ingest again to another data.uri")
         return manifest
 
     def to_json(self) -> bytes:
@@ -206,6 +206,11 @@ class Manifest:
             )
         at = list(self.splits).index(split)
         return _read_table(self.uri, self.tables[table]).slice(sum(lengths[:at]), lengths[at])
+
+
+def _brief(text: str) -> str:
+    """What was found, on one line: it may hold anything."""
+    return " ".join(text.split())[:300]
 
 
 def _contradictions(manifest: Manifest) -> Iterator[str]:

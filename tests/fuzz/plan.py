@@ -13,7 +13,7 @@ from hypothesis.strategies import SearchStrategy
 
 SEED = int(os.environ.get("CXR_FUZZ_SEED", "0"))
 
-CHILD_CASES = {"images": 7000, "scores": 1000, "archives": 1000, "bombs": 46}
+CHILD_CASES = {"images": 5500, "scores": 1000, "archives": 1000, "bombs": 46}
 """Parts that native libraries read, each case in a child process: a crash ends the child and is named."""
 PLAIN_CASES = {"labels": 1200, "rows": 500, "lists": 600, "manifests": 900, "side tables": 150, "config": 150}
 """Parts that are Python alone, searched and shrunk by hypothesis."""
