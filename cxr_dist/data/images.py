@@ -12,11 +12,9 @@ square). What each kind of file becomes:
 8-bit grey and RGBA PNG (all of NIH) are decoded by kornia_rs, everything else, and what that refuses, by Pillow.
 
 What a PNG is held to: it is whole to its end mark, the checksum of every chunk that pixels come from is right, and each
-pixel is there. The checksum inside the compressed stream is not looked at: the chunks' own cover the same bytes. JPEG has
-no checksums: one that is cut is refused, one that is damaged within may not be.
-
-The resize is antialiased bilinear (a triangle as wide as the reduction), within one level of torchvision's float32
-`resize(antialias=True)`, and made of whole numbers only: its bits depend on no CPU, BLAS or number of threads.
+pixel is there. The checksum inside the compressed stream is not looked at (it would cost a second inflate): chunks that
+are whole but were lost, repeated or put in another order are found out only where the stream breaks, as it mostly does.
+JPEG has no checksums: one that is cut is refused, one that is damaged within may not be.
 """
 
 import functools

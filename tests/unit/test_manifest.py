@@ -192,7 +192,7 @@ def test_manifests_that_cannot_be_read_say_what_to_do(tmp_path):
         (("row_group",), 8, "found 4 row groups in train, expected 14 rows in groups of 8"),
         (("splits", "train", "num_rows"), 13, "found 13 rows in train, expected the 14 of its shards"),
         (("splits", "test", "patients"), 6, "more patients or positives than the 5 rows of test"),
-        (("splits", "test", "positives"), {}, "found positives of  in test, expected the findings"),
+        (("splits", "test", "positives"), {}, "found positives of in test, expected the findings"),
         (("splits", "dev"), None, "manifest.splits.dev: found None, expected keys and values"),
         (("tables", "rows", "rows"), 20, "found 19 rows in the splits, expected the 20 of their table"),
         (("tables", "quarantine", "rows"), 99, "found 100 quarantined images, expected those of their table"),
