@@ -6,6 +6,7 @@ before it. Exit codes: 0 done, 1 failed, 2 bad input or config.
 
 import argparse
 import difflib
+import itertools
 import json
 import logging
 import re
@@ -16,7 +17,7 @@ from typing import Any, NoReturn
 
 import jsonargparse
 
-from cxr_dist import environment
+from cxr_dist import environment, runfile
 from cxr_dist.config import Config
 from cxr_dist.errors import ConfigError, InputError, RunError
 from cxr_dist.scrub import scrub
@@ -63,7 +64,13 @@ def _kind(type_name: str) -> str:
     if choices:
         return "one of " + choices[1].replace("'", "")
     plain = re.fullmatch(r"<class '(\w+)'>", type_name)
-    words = {"int": "a whole number", "float": "a number", "bool": "true or false", "tuple": "a list such as [a, b]"}
+    words = {
+        "str": "text (in YAML, a number as text stands in quotes)",
+        "int": "a whole number",
+        "float": "a number",
+        "bool": "true or false",
+        "tuple": "a list such as [a, b]",
+    }
     return words.get(plain[1] if plain else type_name, type_name)
 
 
@@ -84,15 +91,27 @@ def parse(
         extra(parser)
     for section in Config.__dataclass_fields__.values():
         parser.add_class_arguments(section.type, section.name, help=(section.type.__doc__ or "").strip())
+    for path in _config_files(sys.argv[1:] if argv is None else argv):
+        runfile.check(path, tuple(Config.__dataclass_fields__))
     parsed = parser.parse_args(argv)
     for name in Config.__dataclass_fields__:
         if not isinstance(parsed[name], jsonargparse.Namespace):
             raise ConfigError(f"{name}: found {parsed[name]!r}, expected keys and values, such as in --print_config")
+        for field, value in vars(parsed[name]).items():
+            if value is None:
+                raise ConfigError(f"{name}.{field}: found nothing, expected a value; leave it out for its default")
     if parsed.json and not Path(parsed.json).absolute().parent.is_dir():
         raise ConfigError(f"--json: found no folder {Path(parsed.json).absolute().parent}; make it or give another")
     built = parser.instantiate_classes(parsed)
     config = Config(**{name: getattr(built, name) for name in Config.__dataclass_fields__})
     return config, argparse.Namespace(**vars(parsed))
+
+
+def _config_files(argv: list[str]) -> list[str]:
+    """The files that --config names; one that is not there is left to the parser to name."""
+    after = [value for flag, value in itertools.pairwise(argv) if flag == "--config"]
+    joined = [flag.removeprefix("--config=") for flag in argv if flag.startswith("--config=")]
+    return [path for path in (*after, *joined) if Path(path).is_file()]
 
 
 def run_job(

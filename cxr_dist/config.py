@@ -6,6 +6,7 @@ right raises `ConfigError` here, once, with the name of the field; what depends 
 """
 
 import dataclasses
+import math
 import re
 from dataclasses import dataclass, field
 from typing import Literal
@@ -30,6 +31,18 @@ Trainable = Literal["head", "denseblock4", "denseblock3", "denseblock2", "all"]
 def _require(condition: bool, field_name: str, found: object, expected: str) -> None:
     if not condition:
         raise ConfigError(f"{field_name}: found {found!r}, expected {expected}")
+
+
+def _require_plain(section: str, values: object) -> None:
+    """Numbers that are finite and fit a machine's, text of one line: what would only fail hours later."""
+    for name, value in vars(values).items():
+        field_name = f"{section}.{name}"
+        if isinstance(value, float):
+            _require(math.isfinite(value), field_name, value, "a finite number")
+        elif isinstance(value, int):
+            _require(abs(value) < 1 << 63, field_name, value, "a number of at most 63 bits")
+        elif isinstance(value, str):
+            _require(value.isprintable(), field_name, value, "text of one line")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +101,7 @@ class DataConfig:
         _require("://" not in self.cache_dir, "data.cache_dir", self.cache_dir, "a folder on the nodes' own disks")
         _require(self.cache_gb > 0, "data.cache_gb", self.cache_gb, "a positive number of GB")
         _require(self.read_timeout_s >= 1, "data.read_timeout_s", self.read_timeout_s, "1 or more seconds")
+        _require_plain("data", self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +134,7 @@ class ModelConfig:
         _require(self.lse_r > 0, "model.lse_r", self.lse_r, "a positive number")
         _require(self.bn_group >= 2, "model.bn_group", self.bn_group, "2 or more images")
         _require(self.prefix_chunk >= 0, "model.prefix_chunk", self.prefix_chunk, "0 or more images")
+        _require_plain("model", self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,6 +170,7 @@ class OptimizerConfig:
             self.warmup_epochs,
             "0 with the plateau schedule; use cosine or constant",
         )
+        _require_plain("optimizer", self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,6 +253,7 @@ class TrainConfig:
             self.process_group_timeout_s,
             "10 or more seconds",
         )
+        _require_plain("train", self)
 
     @property
     def workers(self) -> tuple[int, int]:
@@ -258,6 +275,8 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         _require(self.bootstrap >= 0, "evaluate.bootstrap", self.bootstrap, "0 or more resamples")
+        _require(self.bootstrap_seed >= 0, "evaluate.bootstrap_seed", self.bootstrap_seed, "0 or more")
+        _require_plain("evaluate", self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -278,6 +297,7 @@ class RunConfig:
             self.name,
             "up to 100 letters, digits, dots, dashes and underscores",
         )
+        _require_plain("run", self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -299,6 +319,7 @@ class TrackingConfig:
             self.uri,
             "a database or a server (MLflow no longer keeps runs in plain files); use sqlite:///mlflow.db or http://HOST:5000",
         )
+        _require_plain("tracking", self)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,6 +27,10 @@ from cxr_dist.errors import DataError
 INDEX = "index.parquet"
 MAX_MEMBER_BYTES = 64 << 20
 """Largest member of an archive that is believed to be a radiograph."""
+MAX_HEADER_BYTES = 1 << 20
+"""Longest extended header (a long name, pax records) that is read: tarfile takes each into memory whole."""
+MAX_PADDING_BYTES = 1 << 20
+"""Most zeros behind an archive's end mark; tar rounds up to 10 KiB."""
 
 INDEX_SCHEMA = pa.schema(
     [
@@ -113,25 +117,27 @@ def members(release: str, path: str) -> Iterator[tuple[str, bytes]]:
     """Name and bytes of every PNG in an archive, in its order; other plain files are passed over.
 
     Raises DataError for a member that leaves the folder, is a link or a device, or is absurdly large, and for an archive
-    that is cut or damaged.
+    that is cut or damaged, or has anything but zeros behind its end mark, where tarfile looks no further.
     """
     uri = storage.join(release, path)
     where = storage.shown(uri)
     try:
-        with storage.open_stream(uri) as stream, _unpacked(stream) as plain:
-            with tarfile.open(fileobj=plain, mode="r|", tarinfo=_Member) as tar:
-                for member in tar:
-                    _check_member(where, member)
-                    name = member.name.rsplit("/", 1)[-1]
-                    if not member.isfile() or not name.lower().endswith(".png") or name.startswith("."):
-                        continue
-                    file = tar.extractfile(member)
-                    data = file.read() if file else b""
-                    if len(data) != member.size:
-                        raise EOFError(f"{member.name} is cut")
-                    yield name, data
-            while plain.read(1 << 20):  # gzip checks its end mark and checksum when it gets there
-                pass
+        with (
+            storage.open_stream(uri) as stream,
+            _unpacked(stream) as plain,
+            tarfile.open(fileobj=plain, mode="r|", tarinfo=_Member) as tar,
+        ):
+            for member in tar:
+                _check_member(where, member)
+                name = member.name.rsplit("/", 1)[-1]
+                if not member.isfile() or not name.lower().endswith(".png") or name.startswith("."):
+                    continue
+                file = tar.extractfile(member)
+                data = file.read() if file else b""
+                if len(data) != member.size:
+                    raise EOFError(f"{member.name} is cut")
+                yield name, data
+            _check_padding(cast(IO[bytes], tar.fileobj))  # not `plain`: tarfile has read ahead of itself
     except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(f"{where}: found a broken archive ({error}); fetch it again") from None
 
@@ -142,11 +148,34 @@ class _Member(tarfile.TarInfo):
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_Member":
         try:
-            return super().frombuf(buf, encoding, errors)
+            member = super().frombuf(buf, encoding, errors)
         except tarfile.HeaderError as error:
             if len(buf) == tarfile.BLOCKSIZE and not any(buf):  # the zeros that end an archive
                 raise
             raise EOFError(f"{error}, expected the next member or the end mark") from None
+        if member.type in _EXTENDED and not 0 <= member.size <= MAX_HEADER_BYTES:
+            raise EOFError(f"an extended header of {member.size} bytes, expected at most {MAX_HEADER_BYTES}")
+        return member
+
+
+_EXTENDED = (
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+)
+
+
+def _check_padding(rest: IO[bytes]) -> None:
+    """Zeros to the end of the file; gzip checks its own end mark and checksum when it gets there."""
+    read = 0
+    while block := rest.read(1 << 16):
+        read += len(block)
+        if any(block):
+            raise EOFError("data behind the end mark, as of two archives in one file")
+        if read > MAX_PADDING_BYTES:
+            raise EOFError(f"more than {MAX_PADDING_BYTES} zeros behind the end mark")
 
 
 def _unpacked(stream: pa.NativeFile) -> IO[bytes]:
@@ -181,10 +210,12 @@ def _check_member(where: str, member: tarfile.TarInfo) -> None:
     wrong = ""
     if member.name.startswith("/") or ".." in member.name.split("/") or "\\" in member.name:
         wrong = "a path that leaves the folder"
-    elif not (member.isfile() or member.isdir()):
-        wrong = "a link or device"
-    elif member.size > MAX_MEMBER_BYTES:
-        wrong = f"{member.size} bytes, more than the {MAX_MEMBER_BYTES} of any radiograph"
+    elif not member.name.isprintable():
+        wrong = "a name of other characters than text"
+    elif not (member.isfile() or member.isdir()) or member.issparse():
+        wrong = "a link or device or sparse file"
+    elif not 0 <= member.size <= MAX_MEMBER_BYTES:
+        wrong = f"{member.size} bytes, expected at most the {MAX_MEMBER_BYTES} of any radiograph"
     if wrong:
         raise DataError(
             f"{where}: member {member.name!r}: found {wrong}, expected images/NAME.png; this is no NIH archive"

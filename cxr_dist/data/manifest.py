@@ -10,7 +10,8 @@ import functools
 import hashlib
 import io
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,7 +19,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cxr_dist import storage
-from cxr_dist.data.nih import LABELS_SCHEMA, SPLITS, finding_columns, findings_matrix
+from cxr_dist.data import fields
+from cxr_dist.data.nih import LABEL_SETS, LABELS_SCHEMA, SPLITS, finding_columns, findings_matrix
 from cxr_dist.errors import DataError
 
 FORMAT = 1
@@ -38,6 +40,8 @@ ROW_GROUPS_SCHEMA = pa.schema(
     ]
 )
 """A row a row group: file, place in it, images, and the byte range that holds it."""
+
+_TABLES = ("rows", "row_groups", "quarantine")
 
 QUARANTINE_SCHEMA = pa.schema([("image_id", pa.string()), ("reason", pa.string())])
 
@@ -123,7 +127,7 @@ class Manifest:
         """The manifest in the bytes of a manifest.json that lies at `uri`."""
         where = storage.shown(storage.join(uri, MANIFEST))
         try:
-            raw = json.loads(data)
+            raw = fields.loads(data)
             version = raw.pop("format")
         except (ValueError, KeyError, AttributeError, TypeError):
             raise DataError(
@@ -131,22 +135,19 @@ class Manifest:
             ) from None
         if version != FORMAT:
             raise DataError(
-                f"{where}: found manifest format {version}, this version reads {FORMAT}; "
-                f"read it with the cxr-dist whose data.manifest.FORMAT is {version}, or ingest again to another data.uri"
+                f"{where}: found manifest format {_brief(str(version))}, this version reads {FORMAT}; "
+                f"read it with the cxr-dist whose data.manifest.FORMAT is that, or ingest again to another data.uri"
             )
-        known = {f.name for f in dataclasses.fields(cls)} - {"uri", "hash"}
-        if set(raw) != known:
-            raise DataError(
-                f"{where}: found fields that are missing or unknown: {sorted(set(raw) ^ known)}; ingest again to another data.uri"
-            )
-        raw["findings"] = tuple(raw["findings"])
-        raw["quarantine"] = tuple(raw["quarantine"])
-        raw["tables"] = {name: SideTable(**table) for name, table in raw["tables"].items()}
-        raw["splits"] = {
-            name: Split(**{**split, "shards": tuple(Shard(**shard) for shard in split["shards"])})
-            for name, split in raw["splits"].items()
-        }
-        return cls(**raw, uri=uri, hash=hashlib.sha256(data).hexdigest())
+        try:
+            if not {"uri", "hash"}.isdisjoint(raw):
+                raise fields.WrongFieldError("manifest: found uri or hash, expected neither")
+            digest = hashlib.sha256(data).hexdigest()
+            manifest = fields.typed(cls, {**raw, "uri": uri, "hash": digest}, "manifest")
+        except fields.WrongFieldError as error:
+            raise DataError(f"{where}: {_brief(str(error))}; ingest again to another data.uri") from None
+        if wrong := next(_contradictions(manifest), ""):
+            raise DataError(f"{where}: found {_brief(wrong)}; the file was changed, ingest again to another data.uri")
+        return manifest
 
     def to_json(self) -> bytes:
         """The bytes of manifest.json: the same manifest gives the same bytes, wherever it lies."""
@@ -207,6 +208,55 @@ class Manifest:
         return _read_table(self.uri, self.tables[table]).slice(sum(lengths[:at]), lengths[at])
 
 
+def _brief(text: str) -> str:
+    """What was found, on one line: it may hold anything."""
+    return " ".join(text.split())[:300]
+
+
+def _contradictions(manifest: Manifest) -> Iterator[str]:
+    """What in a manifest cannot be, or does not agree with the rest of it: found, expected."""
+    if LABEL_SETS.get(manifest.label_set) != manifest.findings:
+        yield f"label set {manifest.label_set!r} with findings {', '.join(manifest.findings)}, expected the set's own"
+    if manifest.encoding not in ("png", "pixels"):
+        yield f"encoding {manifest.encoding!r}, expected png or pixels"
+    if not (manifest.size and manifest.row_group and 0 < manifest.validation_fraction < 1):
+        yield "a size, row_group or validation_fraction of nothing, expected more"
+    if tuple(manifest.splits) != SPLITS:
+        yield f"splits {', '.join(manifest.splits)}, expected {', '.join(SPLITS)}"
+    for name, split in manifest.splits.items():
+        yield from _split_contradictions(name, split, manifest)
+    if set(manifest.tables) != set(_TABLES):
+        yield f"tables {', '.join(manifest.tables)}, expected {', '.join(_TABLES)}"
+    counted = {
+        "rows": sum(split.num_rows for split in manifest.splits.values()),
+        "row_groups": sum(split.num_row_groups for split in manifest.splits.values()),
+    }
+    for name, rows in counted.items():
+        if manifest.tables[name].rows != rows:
+            yield f"{rows} {name} in the splits, expected the {manifest.tables[name].rows} of their table"
+    if len(manifest.quarantine) != min(NAMED_QUARANTINED, manifest.tables["quarantine"].rows):
+        yield f"{len(manifest.quarantine)} quarantined images, expected those of their table"
+    shards = [shard for split in manifest.splits.values() for shard in split.shards]
+    files: list[Shard | SideTable] = [*manifest.tables.values(), *shards]
+    for file in files:
+        if not re.fullmatch(r"[\w.-]+(/[\w.-]+)*", file.path) or ".." in file.path.split("/"):
+            yield f"path {file.path!r}, expected one under the dataset"
+        if not re.fullmatch(r"[0-9a-f]{64}", file.sha256):
+            yield f"SHA-256 {file.sha256!r} of {file.path}, expected 64 hexadecimal digits"
+
+
+def _split_contradictions(name: str, split: Split, manifest: Manifest) -> Iterator[str]:
+    in_shards = sum(shard.rows for shard in split.shards)
+    if not manifest.in_place and in_shards != split.num_rows:
+        yield f"{split.num_rows} rows in {name}, expected the {in_shards} of its shards"
+    if split.num_row_groups != -(-split.num_rows // manifest.row_group):
+        yield f"{split.num_row_groups} row groups in {name}, expected {split.num_rows} rows in groups of {manifest.row_group}"
+    if tuple(split.positives) != manifest.findings:
+        yield f"positives of {', '.join(split.positives)} in {name}, expected the findings"
+    if max(split.patients, *split.positives.values()) > split.num_rows:
+        yield f"more patients or positives than the {split.num_rows} rows of {name}, expected at most as many"
+
+
 def _stack(parts: dict[str, pa.Table], schema: pa.Schema) -> pa.Table:
     return pa.concat_tables([parts[split].replace_schema_metadata(None).cast(schema) for split in SPLITS])
 
@@ -231,4 +281,9 @@ def _read_table(uri: str, side: SideTable) -> pa.Table:
             f"{storage.shown(where)}: found a SHA-256 that is not the manifest's ({side.sha256[:12]}…); "
             f"the file was changed or cut, delete {storage.shown(where)}, then ingest again"
         )
-    return pq.read_table(io.BytesIO(data))
+    table = pq.read_table(io.BytesIO(data))
+    if table.num_rows != side.rows:
+        raise DataError(
+            f"{storage.shown(where)}: found {table.num_rows} rows, expected the manifest's {side.rows}; ingest again"
+        )
+    return table

@@ -5,17 +5,15 @@ Labels are a pyarrow Table, one row an image in the file's order: image_id (stri
 `FINDINGS`). Its metadata carry `sha256` (of the unpacked CSV) and `label_version`.
 """
 
-import csv
 import difflib
-import gzip
 import hashlib
-import io
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
 
+from cxr_dist.data import texts
 from cxr_dist.errors import ConfigError, DataError
 
 FINDINGS = (
@@ -52,6 +50,8 @@ LABEL_SETS: dict[str, tuple[str, ...]] = {"nih14": FINDINGS, "nih8": NIH8}
 SPLITS = ("train", "validation", "test")
 NO_FINDING = "No Finding"
 MAX_AGE = 120
+SEXES = ("M", "F")
+VIEWS = ("PA", "AP")
 
 LABELS_SCHEMA = pa.schema(
     [
@@ -83,27 +83,26 @@ _PNEUMONIA = {1353: "2017", 1431: "v2020"}
 def read_labels(data: bytes, name: str) -> pa.Table:
     """The label table from a `Data_Entry_2017*.csv` of either version, plain or gzipped.
 
-    `name` is what errors call the file. Raises DataError for a missing column, an unknown finding, a duplicate image,
-    a short or unreadable row (with its row number, the header being row 1) and an empty file.
+    `name` is what errors call the file. Raises DataError for a missing or repeated column, an unknown finding, a
+    duplicate image, an image named after another patient, a row longer or shorter than the header or unreadable (with its
+    row number, the header being row 1) and an empty file.
     """
-    text, digest = _decode(data, name)
-    rows = _csv_rows(text, name)
+    text, digest = texts.decode(data, name)
+    rows = texts.csv_rows(text, name)
     header = [cell.strip().lower() for cell in next(rows, [])]
     if not header:
         raise DataError(f"{name}: found an empty file, expected the NIH label CSV")
     at = {column: _column(header, names, name) for column, names in _COLUMNS.items()}
-    width = max(at.values()) + 1
+    width = max(index for index, cell in enumerate(header, start=1) if cell)  # NIH's first version ends in a comma
     columns: dict[str, list] = {column: [] for column in at}
     seen: dict[str, int] = {}
     codes: dict[str, np.ndarray] = {}
     for number, row in enumerate(rows, start=2):
         if not any(cell.strip() for cell in row):
             continue
-        if len(row) < width:
-            raise DataError(f"{name}: row {number}: found {len(row)} columns, expected at least {width}")
-        image_id = row[at["image_id"]].strip()
-        if not image_id:
-            raise DataError(f"{name}: row {number}: found no image name, expected e.g. 00000001_000.png")
+        if len(row) < width or any(row[width:]):
+            raise DataError(f"{name}: row {number}: found {len(row)} columns, expected the header's {width}")
+        image_id = texts.image_name(row[at["image_id"]], f"{name}: row {number}")
         if seen.setdefault(image_id, number) != number:
             raise DataError(f"{name}: row {number}: {image_id} is already in row {seen[image_id]}; keep one of them")
         label = row[at["findings"]].strip()
@@ -111,11 +110,11 @@ def read_labels(data: bytes, name: str) -> pa.Table:
             codes[label] = _parse_findings(label, f"{name}: row {number}")
         columns["image_id"].append(image_id)
         columns["findings"].append(codes[label])
-        columns["patient_id"].append(_whole_number(row[at["patient_id"]], "Patient ID", name, number))
+        columns["patient_id"].append(_patient(row[at["patient_id"]], image_id, name, number))
         columns["follow_up"].append(_whole_number(row[at["follow_up"]], "Follow-up #", name, number))
         columns["age"].append(_age(row[at["age"]], name, number))
-        columns["sex"].append(row[at["sex"]].strip())
-        columns["view"].append(row[at["view"]].strip())
+        columns["sex"].append(_one_of(SEXES, row[at["sex"]], "Patient Gender", name, number))
+        columns["view"].append(_one_of(VIEWS, row[at["view"]], "View Position", name, number))
     if not seen:
         raise DataError(f"{name}: found a header and no rows, expected one row an image")
     matrix = np.stack(columns["findings"])
@@ -126,12 +125,14 @@ def read_labels(data: bytes, name: str) -> pa.Table:
 
 
 def read_list(data: bytes, name: str) -> list[str]:
-    """The image names of an official list, in its order. Raises DataError for a duplicate or an empty list."""
-    text, _ = _decode(data, name)
+    """The image names of an official list, in its order. Raises DataError for a duplicate, no name, or an empty list."""
+    text, _ = texts.decode(data, name)
     seen: dict[str, int] = {}
-    for number, line in enumerate(text.splitlines(), start=1):
-        image_id = line.strip()
-        if image_id and seen.setdefault(image_id, number) != number:
+    for number, line in enumerate(re.split(r"\r\n|\r|\n", text), start=1):
+        if not line.strip():
+            continue
+        image_id = texts.image_name(line, f"{name}: line {number}")
+        if seen.setdefault(image_id, number) != number:
             raise DataError(f"{name}: line {number}: {image_id} is already in line {seen[image_id]}; keep one of them")
     if not seen:
         raise DataError(f"{name}: found an empty file, expected one image name a line")
@@ -222,44 +223,16 @@ def audit(labels: pa.Table, splits: Mapping[str, np.ndarray], label_set: str, ha
     return result
 
 
-def _decode(data: bytes, name: str) -> tuple[str, str]:
-    """The unpacked text and the SHA-256 of the unpacked bytes."""
-    if data[:2] == b"\x1f\x8b":
-        try:
-            data = gzip.decompress(data)
-        except (OSError, EOFError) as error:
-            raise DataError(f"{name}: found a broken gzip file ({error}); fetch it again") from None
-    if not data.strip():
-        raise DataError(f"{name}: found an empty file; fetch it again")
-    try:
-        return data.decode("utf-8-sig"), hashlib.sha256(data).hexdigest()
-    except UnicodeDecodeError as error:
-        raise DataError(f"{name}: found bytes that are not UTF-8 at {error.start}, expected text") from None
-
-
-def _csv_rows(text: str, name: str) -> Iterator[list[str]]:
-    """The rows of a CSV; `strict`, for a quote that stays open would swallow the rows after it."""
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    while True:
-        line = reader.line_num + 1
-        try:
-            row = next(reader, None)
-        except csv.Error as error:
-            raise DataError(
-                f"{name}: line {line}: found a row that is no CSV ({error}), expected closed quotes; "
-                "mend the line or fetch the file again"
-            ) from None
-        if row is None:
-            return
-        yield row
-
-
 def _column(header: list[str], names: tuple[str, ...], file: str) -> int:
-    for name in names:
-        if name in header:
-            return header.index(name)
+    found = [index for index, cell in enumerate(header) if cell in names]
+    if len(found) > 1:
+        raise DataError(
+            f"{file}: row 1: found column {names[0]!r} {len(found)} times, expected it once; keep the right one"
+        )
+    if found:
+        return found[0]
     near = difflib.get_close_matches(names[0], header, 1)
-    hint = f" (nearest: {near[0]!r})" if near else ""
+    hint = f" (nearest: {texts.shown(near[0])})" if near else ""
     raise DataError(f"{file}: row 1: found no column {names[0]!r}{hint}, expected the header of NIH's Data_Entry_2017")
 
 
@@ -272,7 +245,7 @@ def _parse_findings(label: str, where: str) -> np.ndarray:
         if name not in FINDINGS:
             near = difflib.get_close_matches(name, (*FINDINGS, NO_FINDING), 1, 0.0)[0]
             raise DataError(
-                f"{where}: found finding {name!r}, expected one of the fourteen or {NO_FINDING!r}; nearest: {near}"
+                f"{where}: found finding {texts.shown(name)}, expected one of the fourteen or {NO_FINDING!r}; nearest: {near}"
             )
         row[FINDINGS.index(name)] = True
     return row
@@ -281,8 +254,27 @@ def _parse_findings(label: str, where: str) -> np.ndarray:
 def _whole_number(cell: str, column: str, name: str, number: int) -> int:
     cell = cell.strip()
     if not re.fullmatch(r"\d{1,9}", cell):
-        raise DataError(f"{name}: row {number}: found {cell!r} in {column}, expected a whole number")
+        raise DataError(f"{name}: row {number}: found {texts.shown(cell)} in {column}, expected a whole number")
     return int(cell)
+
+
+def _patient(cell: str, image_id: str, name: str, number: int) -> int:
+    """The patient, who must be the one that NIH's image names begin with: the split goes by patient."""
+    patient = _whole_number(cell, "Patient ID", name, number)
+    named = re.fullmatch(r"(\d{8})_\d{3}\.png", image_id)
+    if named and int(named[1]) != patient:
+        raise DataError(
+            f"{name}: row {number}: found patient {patient} for {image_id}, expected {int(named[1])}; mend the row"
+        )
+    return patient
+
+
+def _one_of(known: tuple[str, ...], cell: str, column: str, name: str, number: int) -> str:
+    """The cell, one of the known values or blank."""
+    cell = cell.strip()
+    if cell and cell not in known:
+        raise DataError(f"{name}: row {number}: found {texts.shown(cell)} in {column}, expected {' or '.join(known)}")
+    return cell
 
 
 def _age(cell: str, name: str, number: int) -> int | None:
@@ -292,7 +284,7 @@ def _age(cell: str, name: str, number: int) -> int | None:
         return None
     match = re.fullmatch(r"(\d{1,4})([YMD]?)", cell)
     if not match:
-        raise DataError(f"{name}: row {number}: found age {cell!r}, expected years such as 58 or 058Y")
+        raise DataError(f"{name}: row {number}: found age {texts.shown(cell)}, expected years such as 58 or 058Y")
     years = int(match[1]) // {"": 1, "Y": 1, "M": 12, "D": 365}[match[2]]
     return years if years <= MAX_AGE else None
 

@@ -6,7 +6,6 @@ probabilities of any model, as Parquet or CSV, and joins the labels by image id.
 """
 
 import difflib
-import gzip
 import io
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +18,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from cxr_dist import storage
-from cxr_dist.data import nih
+from cxr_dist.data import nih, texts
 from cxr_dist.errors import DataError
 
 __all__ = ["FORMAT", "ScoreTable", "encoded", "from_logits", "read", "read_external", "write"]
@@ -27,6 +26,10 @@ __all__ = ["FORMAT", "ScoreTable", "encoded", "from_logits", "read", "read_exter
 FORMAT = "cxr-dist/scores/1"
 _PREFIX = "prob_"
 _ID_COLUMNS = ("image_id", "Image Index")
+MAX_ROWS = 10_000_000
+"""Rows of a score table that are believed; NIH has 112,120 images."""
+_INDEXES = ("Unnamed:", "__index_level_")
+"""What pandas calls the row numbers of a table that was written with them."""
 _NOT_SCORES = {*_ID_COLUMNS, "patient_id", "Patient ID", "split", "No Finding"}
 
 
@@ -117,7 +120,13 @@ def encoded(table: ScoreTable) -> bytes:
         columns[f"label_{finding}"] = pa.array(table.labels_NK[:, k], pa.bool_())
     metadata = {"format": FORMAT, "split": table.split}
     buffer = io.BytesIO()
-    pq.write_table(pa.table(columns).replace_schema_metadata(metadata), buffer)
+    pq.write_table(
+        pa.table(columns, schema=_schema(table.findings, table.logits_NK is not None)).replace_schema_metadata(
+            metadata
+        ),
+        buffer,
+        write_page_checksum=True,
+    )
     return buffer.getvalue()
 
 
@@ -131,9 +140,15 @@ def read(path: str | Path) -> ScoreTable:
             f"{path}: found {found}, expected {FORMAT}; the scores of another program need the label CSV to be joined "
             "with (data.labels)"
         )
-    table = pq.read_table(io.BytesIO(data))
+    table = _read_parquet(data, str(path))
     findings = tuple(name.removeprefix(_PREFIX) for name in table.column_names if name.startswith(_PREFIX))
     has_logits = bool(findings) and f"logit_{findings[0]}" in table.column_names
+    columns_are_right = table.schema.remove_metadata() == _schema(findings, has_logits)
+    if not columns_are_right or any(column.null_count for column in table.columns):
+        raise DataError(f"{path}: found columns that are not those of {FORMAT}; write the scores again")
+    split = metadata.get("split", "")
+    if split not in nih.SPLITS or set(table["split"].to_pylist()) - {split}:
+        raise DataError(f"{path}: found split {split!r} or rows of another; write the scores again")
 
     def stack(prefix: str, dtype: Any) -> NDArray[Any]:
         out = np.empty((table.num_rows, len(findings)), dtype)
@@ -144,7 +159,7 @@ def read(path: str | Path) -> ScoreTable:
     return ScoreTable(
         image_ids=np.array(table["image_id"].to_pylist(), dtype=np.str_),
         patient_ids=table["patient_id"].to_numpy(),
-        split=metadata["split"],
+        split=split,
         findings=findings,
         probabilities_NK=stack(_PREFIX, np.float64),
         logits_NK=stack("logit_", np.float32) if has_logits else None,
@@ -166,11 +181,15 @@ def read_external(path: str | Path, labels: pa.Table, findings: tuple[str, ...],
     frame = _read_frame(data, str(path))
     id_column = next((name for name in _ID_COLUMNS if name in frame.columns), None)
     if id_column is None:
-        raise DataError(f"{path}: no column image_id or 'Image Index' among {', '.join(map(str, frame.columns[:8]))}")
+        raise DataError(
+            f"{path}: no column image_id or 'Image Index' among {', '.join(texts.shown(str(c)) for c in frame.columns[:8])}"
+        )
     columns = _score_columns(frame, findings, str(path))
     present = tuple(finding for finding in findings if finding in columns)
 
     image_ids = frame[id_column].astype(str).to_numpy(dtype=np.str_)
+    for number, image_id in enumerate(image_ids.tolist(), start=1):
+        texts.image_name(image_id, f"{path}: row {number}")
     _check_unique(image_ids, str(path))
     probabilities = np.empty((len(frame), len(present)))
     for k, finding in enumerate(present):
@@ -178,10 +197,10 @@ def read_external(path: str | Path, labels: pa.Table, findings: tuple[str, ...],
     _check_probabilities(probabilities, tuple(columns[f] for f in present), image_ids, str(path))
 
     rows = pd.Index(labels["image_id"].to_pylist()).get_indexer(pd.Index(image_ids.tolist()))
-    missing = image_ids[rows < 0]
+    missing = image_ids[rows < 0].tolist()
     if len(missing):
         raise DataError(
-            f"{path}: {len(missing)} of {len(image_ids)} image ids have no label, first {', '.join(missing[:3])}; "
+            f"{path}: {len(missing)} of {len(image_ids)} image ids have no label, first {', '.join(texts.shown(i) for i in missing[:3])}; "
             "expected the file names of the label CSV, such as 00000001_000.png"
         )
     return ScoreTable(
@@ -202,28 +221,56 @@ def _read_bytes(path: str | Path) -> bytes:
         raise DataError(f"{path}: no such file, expected a table of scores") from None
 
 
+def _schema(findings: tuple[str, ...], logits: bool) -> pa.Schema:
+    """The columns of a table that `write` writes."""
+    columns: dict[str, pa.DataType] = {"image_id": pa.string(), "patient_id": pa.int64(), "split": pa.string()}
+    for finding in findings:
+        if logits:
+            columns[f"logit_{finding}"] = pa.float32()
+        columns[f"{_PREFIX}{finding}"] = pa.float64()
+        columns[f"label_{finding}"] = pa.bool_()
+    return pa.schema(columns)
+
+
 def _metadata(data: bytes) -> dict[str, str]:
     """What `write` noted in the schema; empty for any other file."""
     if data[:4] != b"PAR1":
         return {}
     try:
         found = pq.read_schema(io.BytesIO(data)).metadata or {}
-    except pa.ArrowException:
+        metadata = {key.decode(): value.decode() for key, value in found.items() if key in (b"format", b"split")}
+    except (pa.ArrowException, OSError, ValueError):
         return {}
-    metadata = {key.decode(): value.decode() for key, value in found.items() if key in (b"format", b"split")}
     return metadata if metadata.get("format", "").startswith("cxr-dist/") else {}
 
 
-def _read_frame(data: bytes, name: str) -> pd.DataFrame:
+def _read_parquet(data: bytes, name: str) -> pa.Table:
+    """The table, without what pandas noted of it; pages that have a checksum are held to it."""
     try:
-        if data[:4] == b"PAR1":
-            return pq.read_table(io.BytesIO(data)).to_pandas()
-        text = gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
-        ids: dict[Any, Any] = dict.fromkeys(_ID_COLUMNS, str)
+        rows = pq.read_metadata(io.BytesIO(data)).num_rows
+        if rows > MAX_ROWS:
+            raise DataError(f"{name}: found {rows} rows, expected at most {MAX_ROWS}; score fewer images at a time")
+        table = pq.read_table(io.BytesIO(data), page_checksum_verification=True)
+        table.validate(full=True)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise _unreadable(name, error) from None
+    return table.replace_schema_metadata(None)
+
+
+def _read_frame(data: bytes, name: str) -> pd.DataFrame:
+    if data[:4] == b"PAR1":
+        return _read_parquet(data, name).to_pandas()
+    text = texts.unpack(data, name)
+    ids: dict[Any, Any] = dict.fromkeys(_ID_COLUMNS, str)
+    try:
         return pd.read_csv(io.BytesIO(text), dtype=ids, float_precision="round_trip")
-    except (pa.ArrowException, OSError, EOFError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise DataError(f"{name}: cannot be read as Parquet or CSV ({reason}); expected a table of scores") from error
+    except (OSError, ValueError) as error:
+        raise _unreadable(name, error) from None
+
+
+def _unreadable(name: str, error: Exception) -> DataError:
+    reason = " ".join(str(error).split())[:160]
+    return DataError(f"{name}: cannot be read as Parquet or CSV ({reason}); expected a table of scores")
 
 
 def _score_columns(frame: pd.DataFrame, findings: tuple[str, ...], name: str) -> dict[str, str]:
@@ -236,11 +283,13 @@ def _score_columns(frame: pd.DataFrame, findings: tuple[str, ...], name: str) ->
         finding = column.removeprefix(_PREFIX)
         if finding in findings:
             columns[finding] = column
-        elif finding in (*nih.FINDINGS, *_NOT_SCORES) or column.startswith("Unnamed:"):
+        elif finding in (*nih.FINDINGS, *_NOT_SCORES) or column.startswith(_INDEXES):
             continue
         elif prefixed or column in numeric:
             near = difflib.get_close_matches(finding, nih.FINDINGS, n=1, cutoff=0.0)[0]
-            raise DataError(f"{name}: column {column!r} is no finding, the nearest is {near!r}; rename or drop it")
+            raise DataError(
+                f"{name}: column {texts.shown(column)} is no finding, the nearest is {near!r}; rename or drop it"
+            )
     if not columns:
         raise DataError(f"{name}: no column of scores, expected at least one of {', '.join(findings)}")
     return columns
@@ -251,7 +300,7 @@ def _numbers(column: pd.Series, image_ids: NDArray[np.str_], name: str) -> NDArr
     bad = np.flatnonzero(np.isnan(numbers))
     if len(bad):
         row = int(bad[0])
-        found = "NaN or nothing" if pd.isna(column.iloc[row]) else repr(str(column.iloc[row]))
+        found = "NaN or nothing" if pd.isna(column.iloc[row]) else texts.shown(str(column.iloc[row]))
         raise DataError(
             f"{name}: row {row + 1} ({image_ids[row]}), column {column.name}: found {found}, expected a probability "
             f"({len(bad)} such rows); score the image or leave its row out"

@@ -117,3 +117,31 @@ def test_an_archive_replaced_by_another_of_its_size_is_read_again_and_the_same_o
     os.utime(path, ns=(0, 1))
     assert path.stat().st_size == len(data)
     assert staged() == names[::-1]
+
+
+def member(name: bytes = b"images/a.png", size: bytes = b"00000000000\0", kind: bytes = b"0") -> bytes:
+    """A tar header by hand, with its checksum."""
+    header = name.ljust(100, b"\0") + b"0000644\0" + bytes(16) + size + bytes(12) + b" " * 8 + kind
+    header = header.ljust(257, b"\0") + b"ustar\x0000"
+    header = header.ljust(512, b"\0")
+    return header[:148] + b"%06o\0 " % sum(header) + header[156:]
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (tar() + tar(), "broken archive .*data behind the end mark"),
+        (tar()[: starts()[2]] + bytes(512) + tar()[starts()[2] + 512 :], "broken archive .*data behind the end mark"),
+        (tar() + bytes(2 << 20), "broken archive .*more than 1048576 zeros"),
+        (member(size=b"77777777777\0", kind=b"x"), "broken archive .*extended header of 8589934591 bytes"),
+        (member(size=b"77777777777\0", kind=b"L"), "broken archive .*extended header of 8589934591 bytes"),
+        (member(size=b"\xff" * 12), "found -1 bytes, expected at most"),
+        (member(kind=b"S") + bytes(1024), "found a link or device or sparse file"),
+        (member(b"images/\xe9.png") + bytes(1024), "found a name of other characters than text"),
+    ],
+    ids=["two in one", "header lost", "zeros", "pax", "long name", "negative", "sparse", "latin-1"],
+)
+def test_what_would_be_lost_or_fill_the_memory_is_refused(tmp_path, data, words):
+    for packed in (data, gzip.compress(data)):
+        with pytest.raises(DataError, match=words):
+            read(tmp_path, packed)

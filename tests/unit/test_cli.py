@@ -95,7 +95,50 @@ def test_a_wrong_file_is_one_sentence(
 def test_a_missing_or_broken_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert str(tmp_path / "none.yaml") in refused(capsys, "--config", str(tmp_path / "none.yaml"))
     (tmp_path / "broken.yaml").write_text("train: {epochs: 3")
-    assert "line 2" in refused(capsys, "--config", str(tmp_path / "broken.yaml"))
+    assert "broken.yaml: line 1: found what is no YAML" in refused(capsys, "--config", str(tmp_path / "broken.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train: {epochs: 3, epochs: 4}", "train.epochs: found it again in FILE: line 1, expected it once"),
+        ("train: {epochs: 3}\ntrain: {seed: 4}", "train: found it again in FILE: line 2, expected it once"),
+        ("train: {epochs: 3}\ntrain.epochs: 4", "train.epochs: found it again in FILE: line 2, expected it once"),
+        ("train: {epochs: }", "train.epochs: found nothing in FILE: line 1, expected a value"),
+        ("train: {skip_findings: null}", "train.skip_findings: found nothing in FILE: line 1, expected a value"),
+        ("train: {epochs: 010}", "train.epochs: found 010, which YAML takes for 8; write it in decimal"),
+        ("train: {epochs: 1:30}", "train.epochs: found 1:30, which YAML takes for 90; write it in decimal"),
+        ("a: &a [*a]", "FILE: line 1: found an anchor or alias, expected values"),
+        ("train: {seed: !!int '3'}", "FILE: line 1: found the tag tag:yaml.org,2002:int, expected plain values"),
+        ("a: [[[[[[[[1]]]]]]]]", "FILE: line 1: found more than 8 levels, expected sections of keys"),
+        (f"run: {{name: {'x' * 5000}}}", "FILE: line 1: found a value of 5000 characters, expected fewer"),
+        (f"train: {{epochs: {'9' * 5000}}}", "FILE: line 1: found a value of 5000 characters, expected fewer"),
+        (" " * (1 << 20) + "#", "FILE: found 1048577 bytes, expected the few of a run's YAML"),
+        ("config: other.yaml", "FILE: line 1: found a file that names another, expected values"),
+        ("__path__: x", "FILE: line 1: found a key that is no name, expected one such as"),
+        ("1: 2", "FILE: line 1: found a key that is no name, expected one such as"),
+        ("", "FILE: found no keys and values, expected sections such as of --print_config"),
+        ("[]", "FILE: found no keys and values, expected sections such as of --print_config"),
+        ("data:", "data: found nothing, expected keys and values, such as in --print_config"),
+        ("run: {name: 123}", "run.name: found 123, expected text (in YAML, a number as text stands in quotes)"),
+        ("optimizer: {lr: .inf}", "optimizer.lr: found inf, expected a finite number"),
+        ("train: {epochs: 3}\0", "FILE: found what is no YAML (special characters are not allowed)"),
+        (b"train: {epochs: 3}\xff", "FILE: found bytes that are not UTF-8 at 18, expected text"),
+    ],
+)
+def test_what_yaml_would_take_in_silence_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str | bytes, message: str
+) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    expected = f"error: {message.replace('FILE', str(path))}"
+    assert refused(capsys, "--config", str(path))[: len(expected)] == expected
+    assert refused(capsys, f"--config={path}")[: len(expected)] == expected
+
+
+def test_nothing_on_the_command_line_is_no_value(capsys: pytest.CaptureFixture[str]) -> None:
+    words = "error: train.epochs: found nothing, expected a value; leave it out for its default"
+    assert refused(capsys, "--train", '{"epochs": null}') == words
 
 
 def test_printed_config_reads_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -80,6 +80,11 @@ def test_every_field_is_followed_by_its_meaning() -> None:
             {"process_group_timeout_s": 1},
             "train.process_group_timeout_s: found 1, expected 10 or more seconds",
         ),
+        ("optimizer", {"lr": float("inf")}, "optimizer.lr: found inf, expected a finite number"),
+        ("data", {"cache_gb": float("inf")}, "data.cache_gb: found inf, expected a finite number"),
+        ("train", {"seed": 1 << 63}, f"train.seed: found {1 << 63}, expected a number of at most 63 bits"),
+        ("data", {"uri": "a\0b"}, r"data.uri: found 'a\x00b', expected text of one line"),
+        ("evaluate", {"bootstrap_seed": -1}, "evaluate.bootstrap_seed: found -1, expected 0 or more"),
         ("evaluate", {"bootstrap": -1}, "evaluate.bootstrap: found -1, expected 0 or more resamples"),
         (
             "run",

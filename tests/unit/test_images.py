@@ -15,6 +15,7 @@ from PIL import Image
 
 from cxr_dist.data import images
 from cxr_dist.data.images import ImageError, to_grey, to_grey_many
+from cxr_dist.data.png import END, SIGNATURE
 from tests.releases import bomb, noise, png
 
 
@@ -174,6 +175,51 @@ def test_sixteen_bits_are_scaled_not_clipped():
 def test_one_bit_is_black_and_white():
     pixels = np.eye(16, dtype=np.uint8) * 255
     assert (same_size(png(pixels, "1"), 16) == pixels).all()
+
+
+def flat_png(colour: int, *before: bytes, methods: bytes = bytes(3)) -> bytes:
+    """4 x 4 pixels of value 2, and chunks before their data."""
+    header = struct.pack(">IIBB", 4, 4, 8, colour) + methods
+    lines = zlib.compress((b"\0" + b"\2" * 4) * 4)
+    return SIGNATURE + chunk(b"IHDR", header) + b"".join(before) + chunk(b"IDAT", lines) + END
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (flat_png(3), r"palettes of \[\] bytes"),
+        (flat_png(3, chunk(b"PLTE", bytes(8))), r"palettes of \[8\] bytes"),
+        (flat_png(3, chunk(b"PLTE", bytes(9)), chunk(b"PLTE", bytes(9))), r"palettes of \[9, 9\] bytes"),
+        (flat_png(3, chunk(b"PLTE", bytes(6))), "a pixel of colour 2 in a palette of 2"),
+        (flat_png(0, methods=b"\1\0\0"), r"unknown PNG methods \(compression 1"),
+        (flat_png(0, methods=b"\0\0\2"), "unknown PNG methods .*interlace 2"),
+        (flat_png(5), "broken PNG header"),
+    ],
+)
+def test_what_a_decoder_would_make_up_is_refused(data, reason):
+    assert (images.decode(flat_png(3, chunk(b"PLTE", b"\7" * 9))) == 7).all()
+    with pytest.raises(ImageError, match=reason):
+        images.decode(data)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "RGB", "P", "1", "I;16", "interlaced"])
+def test_lines_that_are_missing_are_not_black(mode):
+    """The header says a line more than there is; Pillow alone gives a black one."""
+    pixels = noise(9, 17)
+    data = bytearray(raw_png(pixels, interlaced=True) if mode == "interlaced" else png(pixels, mode))
+    assert images.decode(bytes(data)).shape == (17, 17)
+    data[20:24] = (18).to_bytes(4, "big")
+    data[29:33] = zlib.crc32(bytes(data[12:29])).to_bytes(4, "big")
+    with pytest.raises(ImageError, match=r"bytes of pixels are missing|broken pixels"):
+        images.decode(bytes(data))
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "RGB"])
+def test_every_cut_within_the_end_mark_is_refused(mode):
+    data = png(noise(9, 16), mode)
+    for length in range(len(data) - 12, len(data)):
+        with pytest.raises(ImageError, match="truncated PNG"):
+            images.decode(data[:length])
 
 
 def test_jpeg_is_read():

@@ -167,9 +167,52 @@ def test_manifests_that_cannot_be_read_say_what_to_do(tmp_path):
         storage.put_atomic(where, content.encode())
         with pytest.raises(DataError, match=words):
             Manifest.load(manifest.uri)
+    for content in (b'{"format": 1, "format": 1}', b"[" * 100_000, b'{"format": NaN}', b"\xff"):
+        storage.put_atomic(where, content)
+        with pytest.raises(DataError, match="no manifest of this project"):
+            Manifest.load(manifest.uri)
     storage.delete(where)
     with pytest.raises(DataError, match=r"manifest\.json: found no manifest; run jobs/ingest\.py"):
         Manifest.load(manifest.uri)
+
+
+@pytest.mark.parametrize(
+    ("at", "value", "words"),
+    [
+        (("size",), "16", "manifest.size: found '16', expected a whole number"),
+        (("size",), True, "manifest.size: found True, expected a whole number"),
+        (("seed",), -1, "manifest.seed: found -1, expected a whole number"),
+        (("findings",), "Mass", "manifest.findings: found 'Mass', expected a list"),
+        (("splits", "test", "num_rows"), None, "manifest.splits.test.num_rows: found None, expected a whole number"),
+        (("tables", "rows"), [], r"manifest.tables.rows: found \[\], expected keys and values"),
+        (("tables", "rows", "more"), 1, r"manifest.tables.rows: found fields that are missing or unknown: \['more'\]"),
+        (("label_set",), "nih14", "found label set 'nih14' with findings Pneumothorax.*expected the set's own"),
+        (("encoding",), "jpeg", "found encoding 'jpeg', expected png or pixels"),
+        (("row_group",), 0, "found a size, row_group or validation_fraction of nothing"),
+        (("row_group",), 8, "found 4 row groups in train, expected 14 rows in groups of 8"),
+        (("splits", "train", "num_rows"), 13, "found 13 rows in train, expected the 14 of its shards"),
+        (("splits", "test", "patients"), 6, "more patients or positives than the 5 rows of test"),
+        (("splits", "test", "positives"), {}, "found positives of in test, expected the findings"),
+        (("splits", "dev"), None, "manifest.splits.dev: found None, expected keys and values"),
+        (("tables", "rows", "rows"), 20, "found 19 rows in the splits, expected the 20 of their table"),
+        (("tables", "quarantine", "rows"), 99, "found 100 quarantined images, expected those of their table"),
+        (("tables", "rows", "path"), "../rows.parquet", "found path '../rows.parquet', expected one under the dataset"),
+        (("tables", "rows", "sha256"), "0", "found SHA-256 '0' of rows.parquet, expected 64 hexadecimal digits"),
+        (("tables", "rows", "path"), "row_groups.parquet", "row_groups.parquet: found a SHA-256 that is not"),
+    ],
+)
+def test_a_manifest_that_contradicts_itself_is_refused(tmp_path, at, value, words):
+    manifest, _ = make_dataset(tmp_path)
+    where = storage.join(manifest.uri, "manifest.json")
+    raw = json.loads(storage.read_bytes(where))
+    holder = raw
+    for name in at[:-1]:
+        holder = holder[name]
+    holder[at[-1]] = value
+    storage.put_atomic(where, json.dumps(raw).encode())
+    with pytest.raises(DataError, match=words) as caught:
+        Manifest.load(manifest.uri).rows("test")
+    assert str(tmp_path) in str(caught.value)
 
 
 def test_a_finished_shard_is_kept_and_a_changed_one_made_again(tmp_path):

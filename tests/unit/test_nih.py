@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cxr_dist.data import nih
+from cxr_dist.data import nih, texts
 from cxr_dist.errors import ConfigError, DataError
 
 HEADER = (
@@ -99,6 +99,17 @@ def test_ages(age, years):
         (("00000001_001", "00000001_000"), "row 3: 00000001_000.png is already in row 2"),
         ((",0,2,81,", ",0,two,81,"), "row 4: found 'two' in Patient ID"),
         ((",57,", ",old,"), "row 2: found age 'old'"),
+        (("View Position", "Patient ID"), "row 1: found column 'patient id' 2 times"),
+        (("00000001_000.png,", "00000001\0_000.png,"), r"row 2: found '00000001\\x00_000.png', expected an image name"),
+        (
+            ("00000001_000.png,", "images/00000001_000.png,"),
+            "row 2: found 'images/00000001_000.png', expected an image",
+        ),
+        (("Effusion,0,1,57", "Effusion,0,7,57"), "row 2: found patient 7 for 00000001_000.png, expected 1"),
+        ((",57,M,PA", ",57,M,PB"), "row 2: found 'PB' in View Position, expected PA or AP"),
+        ((",57,M,PA", ",57,X,PA"), "row 2: found 'X' in Patient Gender, expected M or F"),
+        (("Effusion,0,1,57,M", "Effusion,0,1,1,57,M"), "row 2: found 12 columns, expected the header's 11"),
+        (("2500,2048,0.171,0.171", "2500"), "row 4: found 8 columns, expected the header's 11"),
         (
             ("00000002_000.png,Pleural_Thickening,0,2,81,F,PA,2500,2048,0.171,0.171", "00000002_000.png,Mass"),
             "row 4: found 2 columns",
@@ -118,6 +129,7 @@ def test_faults_name_the_row(change, words):
         (HEADER.encode(), "no rows"),
         (gzip.compress(V2020.encode())[:40], "broken gzip"),
         (b"\xff\xfe\x00", "UTF-8"),
+        (b"\x1f\x8b\x08\0\0\0\0\0\0\xff\xff", "broken gzip file .*invalid block type"),
     ],
 )
 def test_files_that_are_no_table(data, words):
@@ -149,6 +161,15 @@ def test_lists():
         nih.read_list(b"a.png\nb.png\na.png", "l.txt")
     with pytest.raises(DataError, match="empty"):
         nih.read_list(b"\n\n", "l.txt")
+    for wrong in (b"a.png\nimages/b.png", b"a.png\nb.png,1", b"a.png\nb\0.png", b"a.png\nb.png\x0cc.png"):
+        with pytest.raises(DataError, match=r"l\.txt: line 2: found .*expected an image name"):
+            nih.read_list(wrong, "l.txt")
+
+
+def test_a_gzip_file_that_unpacks_without_end_is_refused(monkeypatch):
+    monkeypatch.setattr(texts, "MAX_BYTES", 1 << 20)
+    with pytest.raises(DataError, match="found more than 1 MiB in a gzip file"):
+        nih.read_list(gzip.compress(bytes((1 << 20) + 1)), "l.txt")
 
 
 def test_nih8_drops_every_image_with_a_dropped_finding():

@@ -11,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -18,18 +19,24 @@ from hypothesis import strategies as st
 from cxr_dist import capacity, preflight
 from cxr_dist.config import Config, DataConfig, ModelConfig, TrackingConfig, TrainConfig
 from cxr_dist.data.images import PIXELS_VERSION
-from cxr_dist.data.manifest import ROW_GROUPS_SCHEMA, Manifest, Split
-from cxr_dist.data.nih import LABELS_SCHEMA
+from cxr_dist.data.manifest import ROW_GROUPS_SCHEMA, Manifest, Shard, Split
+from cxr_dist.data.nih import LABELS_SCHEMA, NIH8
 from cxr_dist.errors import ConfigError, DataError, InputError
 
-FINDINGS = ("Mass", "Nodule", "Effusion")
+FINDINGS = NIH8
 
 
 def _manifest(train: int = 10, validation: int = 4, **positives: int) -> Manifest:
     counts = dict.fromkeys(FINDINGS, 3) | positives
 
-    def split(rows: int) -> Split:
-        return Split(shards=(), num_rows=rows, num_row_groups=-(-rows // 8), patients=rows, positives=counts)
+    def split(name: str, rows: int) -> Split:
+        return Split(
+            shards=(Shard(path=f"{name}/part-00000.parquet", bytes=1, sha256="0" * 64, rows=rows),),
+            num_rows=rows,
+            num_row_groups=-(-rows // 8),
+            patients=rows,
+            positives={finding: min(count, rows) for finding, count in counts.items()},
+        )
 
     return Manifest(
         label_set="nih8",
@@ -41,7 +48,7 @@ def _manifest(train: int = 10, validation: int = 4, **positives: int) -> Manifes
         in_place=False,
         seed=0,
         validation_fraction=0.2,
-        splits={"train": split(train), "validation": split(validation), "test": split(5)},
+        splits={name: split(name, rows) for name, rows in (("train", train), ("validation", validation), ("test", 5))},
         audit={},
         sources={},
         settings={},
@@ -51,11 +58,13 @@ def _manifest(train: int = 10, validation: int = 4, **positives: int) -> Manifes
 
 
 def _save(manifest: Manifest, folder: Path) -> str:
-    tables = dict.fromkeys(manifest.splits)
+    def empty(schema: pa.Schema, rows: int) -> pa.Table:
+        return pa.table([pa.nulls(rows, field.type) for field in schema], schema=schema)
+
     manifest.save(
         str(folder),
-        dict.fromkeys(tables, LABELS_SCHEMA.empty_table()),
-        dict.fromkeys(tables, ROW_GROUPS_SCHEMA.empty_table()),
+        {name: empty(LABELS_SCHEMA, split.num_rows) for name, split in manifest.splits.items()},
+        {name: empty(ROW_GROUPS_SCHEMA, split.num_row_groups) for name, split in manifest.splits.items()},
     )
     return str(folder)
 

@@ -1,5 +1,6 @@
 """Score tables: exact round trip, foreign tables, and every way in which one cannot be scored."""
 
+import contextlib
 import gzip
 import io
 from collections.abc import Callable
@@ -89,6 +90,42 @@ def test_read_refuses_other_files_and_versions(tmp_path: Path) -> None:
         read(tmp_path / "missing.parquet")
 
 
+def test_a_table_with_a_flipped_bit_or_a_cut_is_refused_or_the_same(tmp_path: Path) -> None:
+    write(table(), tmp_path / "scores.parquet")
+    data = (tmp_path / "scores.parquet").read_bytes()
+    accepted = 0
+    for at in range(0, len(data), 7):
+        flipped = bytearray(data)
+        flipped[at] ^= 16
+        for broken in (bytes(flipped), data[:at]):
+            (tmp_path / "scores.parquet").write_bytes(broken)
+            with contextlib.suppress(DataError):
+                same(read(tmp_path / "scores.parquet"), table())
+                accepted += 1
+    assert accepted < len(data) / 7 / 2
+
+
+def test_tables_with_other_columns_or_rows_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "scores.parquet"
+    write(table(), path)
+    good = pq.read_table(path)
+    mixed = good.set_column(2, "split", pa.array(["validation"] * 4 + ["test"]))
+    for other, words in ((good.drop(["label_Mass"]), "columns that are not those"), (mixed, "rows of another")):
+        pq.write_table(other, path)
+        with pytest.raises(DataError, match=words):
+            read(path)
+    pq.write_table(good, path)
+    monkeypatch.setattr("cxr_dist.evaluate.scores.MAX_ROWS", 4)
+    with pytest.raises(DataError, match="found 5 rows, expected at most 4"):
+        read(path)
+
+
+def test_what_pandas_noted_of_a_table_is_not_needed(tmp_path: Path, labels: pa.Table) -> None:
+    frame = pd.DataFrame({"image_id": ["x", "00000001_000.png"], "Mass": [0.5, 0.25]}).iloc[1:]
+    frame.to_parquet(tmp_path / "scores")
+    assert read_external(tmp_path / "scores", labels, nih.FINDINGS).probabilities_NK.tolist() == [[0.25]]
+
+
 def test_a_table_checks_itself() -> None:
     good = table()
     fields = {name: getattr(good, name) for name in ScoreTable.__dataclass_fields__}
@@ -152,7 +189,7 @@ def test_own_table_keeps_its_split_when_joined_anew(tmp_path: Path, labels: pa.T
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("name,Mass\n00000001_000.png,0.5\n", "no column image_id or 'Image Index' among name, Mass"),
+        ("name,Mass\n00000001_000.png,0.5\n", "no column image_id or 'Image Index' among .name., .Mass."),
         ("image_id,Pleural Thickening\n00000001_000.png,0.5\n", "no finding, the nearest is 'Pleural_Thickening'"),
         (
             "image_id,prob_mass,prob_Hernia\n00000001_000.png,0.5,1\n",
@@ -169,7 +206,7 @@ def test_own_table_keeps_its_split_when_joined_anew(tmp_path: Path, labels: pa.T
         ("image_id,Mass\n00000001_000.png,high\n", r"row 1 \(00000001_000.png\), column Mass: found 'high', expected"),
         ("image_id,Mass\n00000001_000.png,-2.5\n", "found -2.5, expected 0 to 1; it looks like logits"),
         ("image_id,Mass\n00000001_000.png,0.5\n00000001_000.png,0.5\n", "image id 00000001_000.png is there 2 times"),
-        ("image_id,Mass\nx.png,0.5\n00000001_000.png,0.5\n", "1 of 2 image ids have no label, first x.png"),
+        ("image_id,Mass\nx.png,0.5\n00000001_000.png,0.5\n", "1 of 2 image ids have no label, first .x.png."),
     ],
 )
 def test_external_faults_are_named(tmp_path: Path, labels: pa.Table, text: str, message: str) -> None:
@@ -179,10 +216,17 @@ def test_external_faults_are_named(tmp_path: Path, labels: pa.Table, text: str, 
     assert "scores.csv" in str(caught.value)
 
 
-@pytest.mark.parametrize("data", [b"PAR1 but no more", b"\x1f\x8b broken", b""])
-def test_external_unreadable_file(tmp_path: Path, labels: pa.Table, data: bytes) -> None:
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b"PAR1 but no more", "cannot be read as Parquet or CSV"),
+        (b"\x1f\x8b broken", "found a broken gzip file"),
+        (b"", "cannot be read as Parquet or CSV"),
+    ],
+)
+def test_external_unreadable_file(tmp_path: Path, labels: pa.Table, data: bytes, words: str) -> None:
     (tmp_path / "scores").write_bytes(data)
-    with pytest.raises(DataError, match="cannot be read as Parquet or CSV"):
+    with pytest.raises(DataError, match=words):
         read_external(tmp_path / "scores", labels, nih.FINDINGS)
 
 
