@@ -56,9 +56,13 @@ def make_model(
     seed: int = 0,
     manifest_sha256: str = "0" * 64,
     validation: ScoreTable | None = None,
+    tail_bias: float | None = None,
     **changes: object,
 ) -> str:
-    """A run's folder with one checkpoint of random weights that suit `write_images`; its URI."""
+    """A run's folder with one checkpoint of random weights that suit `write_images`; its URI.
+
+    `changes` are of the checkpoint's state, `tail_bias` that of every finding.
+    """
     torch.set_num_threads(1)
     fresh = weights.initial("random", num_findings=len(NAMES), seed=seed)
     images = torch.from_numpy(np.stack([to_grey(png(noise(row, SIDE)), SIZE) for row in range(32)]))
@@ -73,7 +77,9 @@ def make_model(
         precision="fp32",
         device=torch.device("cpu"),
     )
-    tail = {
+    if tail_bias is not None:
+        torch.nn.init.constant_(network.tail.classifier.bias, tail_bias)
+    state = {
         "tail": network.tail.state_dict(),
         "findings": list(NAMES),
         "model": dataclasses.asdict(config),
@@ -84,7 +90,7 @@ def make_model(
         **changes,
     }
     encoded = None if validation is None else scores.encoded(validation)
-    Checkpoints(str(folder)).save(tail, index=10, epoch=0, score=0.5, finished=True, scores=encoded)
+    Checkpoints(str(folder)).save(state, index=10, epoch=0, score=0.5, finished=True, scores=encoded)
     return str(folder)
 
 

@@ -5,8 +5,10 @@ a few parts for each of them, however many images there are. A part in storage w
 was killed lost the parts under way and no more: the same command checks what is there and makes the rest.
 """
 
+import builtins
 import json
 import logging
+import re
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -16,11 +18,11 @@ from typing import Any
 
 import ray
 
-from cxr_dist import cluster, storage
+from cxr_dist import cluster, errors, storage
 from cxr_dist.capacity import wants_gpu
 from cxr_dist.config import Config
 from cxr_dist.data.rows import RowDecoder
-from cxr_dist.errors import DataError, InputError, RunError
+from cxr_dist.errors import DataError, RunError
 from cxr_dist.evaluate.inference import DecodeGroups, pipeline, scorers
 from cxr_dist.predict.model import Model, find_model, pack, thresholds_of
 from cxr_dist.predict.part import NAMED, DamagedPartError, PartFile, read_part
@@ -241,14 +243,13 @@ def _num_scorers(resources: dict[str, float], *, use_gpu: bool) -> int:
     return max(1, min(cpus - 1, cpus * 6 // 7))
 
 
-def _cause(error: BaseException) -> BaseException:
-    """What a task or actor raised, out of what Ray Data makes of it."""
-    seen: BaseException | None = error
-    while seen is not None:
-        inner = getattr(seen, "cause", None) or seen.__cause__
-        if isinstance(seen, InputError | RunError) and not isinstance(inner, InputError | RunError):
-            return seen
-        if isinstance(seen, OSError):
-            return RunError(f"storage failed while images were scored ({seen}); run the same command again")
-        seen = inner
+def _cause(error: Exception) -> Exception:
+    """What a task or actor raised, out of the text that Ray Data makes of it: the error itself does not always travel."""
+    raised = re.findall(r"^([\w.]+): (.+)$", str(error), re.MULTILINE)
+    for name, sentence in reversed(raised):
+        kind = getattr(errors, name.removeprefix(f"{errors.__name__}."), None)
+        if isinstance(kind, type):
+            return kind(sentence)
+        if isinstance(kind := getattr(builtins, name, None), type) and issubclass(kind, OSError):
+            return RunError(f"storage failed while images were scored ({sentence}); run the same command again")
     return error

@@ -31,7 +31,7 @@ from cxr_dist.errors import ConfigError, DataError, RunError
 from cxr_dist.evaluate.inference import score_split
 from cxr_dist.evaluate.scores import ScoreTable
 from cxr_dist.predict import run as prediction
-from cxr_dist.predict.model import pack
+from cxr_dist.predict.model import find_model, pack
 from cxr_dist.predict.run import predict
 from tests.ingesting import ROOT, config_of
 from tests.predicting import NAMES, SIDE, SIZE, kill_after, make_model, write_images
@@ -269,7 +269,7 @@ def assert_scored_as_judged(rows: dict[str, dict], table: ScoreTable) -> None:
         assert [rows[name][column] for column in PROBABILITIES] == np.float32(probabilities).tolist()
 
 
-def test_raw_images_have_the_scores_of_the_evaluation_and_killers_a_reason(dataset, judged, tmp_path):
+def test_an_image_that_kills_its_decoder_has_a_reason_and_the_others_their_scores(dataset, judged, tmp_path):
     """With a registered model, that only its registry has, and two images in different packs of a part that kill the
     process which decodes them."""
     folder, config = dataset
@@ -299,7 +299,19 @@ def test_raw_images_have_the_scores_of_the_evaluation_and_killers_a_reason(datas
     assert len(rows) == 62
     assert_scored_as_judged(rows, table)
     assert result["model"]["version"].startswith("cxr/1@")
+    # where every node can read it, unlike the folder that it was fetched to
+    staged = tmp_path / "out" / "_work" / f"model-{result['model']['sha256'][:12]}"
+    with find_model(str(staged), uri) as copied:
+        assert copied.sha256 == result["model"]["sha256"]
     assert {row["model_version"] for row in rows.values()} == {result["model"]["version"]}
+
+
+def test_raw_images_have_the_scores_of_the_evaluation(dataset, judged, tmp_path, without_ray):
+    """Decoded as they are outside of tests, in parts of another size than the evaluation's tasks."""
+    folder, config = dataset
+    model, table = judged
+    predict(config, model=model, images=str(folder / "nih" / "images"), out=str(tmp_path), part_images=13)
+    assert_scored_as_judged({row["image_id"]: row for row in rows_of(tmp_path).to_pylist()}, table)
 
 
 def test_a_dataset_is_predicted_split_by_split_from_its_shards(dataset, judged, tmp_path, without_ray, monkeypatch):
@@ -360,13 +372,20 @@ def test_a_file_that_goes_while_images_are_scored_ends_the_job_in_a_sentence(clu
     monkeypatch.setattr(prediction, "open_source", open_and_lose)
     with pytest.raises(DataError) as raised:
         predict(Config(), model=model, images=str(tmp_path / "images"), out=str(tmp_path / "out"))
-    assert "b/0001.png: found no file, expected an image; the folder changed" in said(raised.value)
-    assert "\n" not in said(raised.value)
+    where = tmp_path / "images" / "b" / "0001.png"
+    assert str(raised.value).startswith(
+        f"{where}: found no file, expected an image; the folder changed since it was listed"
+    )
+    assert "\n" not in str(raised.value)
 
 
-def said(error: Exception) -> str:
-    """What a job prints of an error."""
-    return str(getattr(error, "cause", error))
+def test_a_score_that_is_no_number_ends_the_job_in_a_sentence(cluster, tmp_path):
+    """From an actor, out of which Ray Data gives its errors as text alone."""
+    write_images(tmp_path / "images", 2)
+    model = make_model(tmp_path / "run", tail_bias=float("nan"))
+    with pytest.raises(RunError, match=r"^a/0000\.png: found a score that is no number; [^\n]*$"):
+        predict(Config(), model=model, images=str(tmp_path / "images"), out=str(tmp_path / "out"))
+    assert list((tmp_path / "out").glob("part-*")) == []
 
 
 def test_a_part_that_is_lost_while_others_are_scored_is_an_error(whole, model, images, tmp_path, monkeypatch):

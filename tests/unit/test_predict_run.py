@@ -1,7 +1,6 @@
 """How many actors score, what a failure of theirs is called, and the command line."""
 
 import argparse
-import itertools
 
 import numpy as np
 import pyarrow as pa
@@ -22,24 +21,31 @@ def test_six_score_for_one_that_decodes(cpus: int, scorers: int) -> None:
     assert _num_scorers({"CPU": cpus, "GPU": 4}, use_gpu=True) == 4
 
 
-def chained(*errors: Exception) -> Exception:
-    """Errors, each raised from the next."""
-    for outer, inner in itertools.pairwise(errors):
-        outer.__cause__ = inner
-    return errors[0]
+def told(line: str) -> Exception:
+    """What Ray Data makes of an error in an actor."""
+    return RuntimeError(
+        f"""ray::MapWorker(MapBatches(ScoreParts)).submit() (pid=1, ip=127.0.0.1)
+  File "cxr_dist/predict/part.py", line 67, in make_part
+    raise RunError(f"x: found a score")
+{line}
+
+The above exception was the direct cause of the following exception:
+
+ray.exceptions.UserCodeException: UDF failed to process a data block.
+Failed to apply UDF transform after 1/1 attempts (total backoff 0.0s).
+To change retry attempts, configure `ray.data.DataContext.get_current()` (`retried_io_errors` for I/O)"""
+    )
 
 
 def test_the_sentence_is_found_in_what_ray_makes_of_it() -> None:
-    lost = DataError("x.png: found no file")
-    assert _cause(chained(RuntimeError("task"), ValueError("UDF failed"), lost)) is lost
-    wrapped = RuntimeError("task")
-    wrapped.cause = chained(ValueError("UDF failed"), lost)  # type: ignore[attr-defined]
-    assert _cause(wrapped) is lost
-    refused = _cause(chained(RuntimeError("task"), PermissionError("denied: a.png")))
+    lost = _cause(told("cxr_dist.errors.DataError: x.png: found no file, expected: one"))
+    assert (type(lost), str(lost)) == (DataError, "x.png: found no file, expected: one")
+    refused = _cause(told("PermissionError: [Errno 13] denied: 'a.png'"))
     assert isinstance(refused, RunError)
-    assert "denied: a.png" in str(refused)
-    fault = chained(RuntimeError("task"), ZeroDivisionError())
-    assert _cause(fault) is fault
+    assert "([Errno 13] denied: 'a.png'); run the same command again" in str(refused)
+    for line in ("ZeroDivisionError: division by zero", "numpy.exceptions.AxisError: 3"):
+        fault = told(line)
+        assert _cause(fault) is fault
 
 
 @pytest.mark.parametrize("rows", [[1, 2, 3], [0, 1, 3], [4, 5, 8], [0, 1, 2, 3, 4]])
