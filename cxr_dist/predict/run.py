@@ -1,8 +1,9 @@
 """Batch inference: every image of a source scored once by one model, in parts that are each whole or not there.
 
 A part is decoded by one task on a CPU and scored and stored by one actor, on a GPU if there are any; what is in memory is
-the listing and what Ray Data lets decoders be ahead, however many images there are. A part in storage was put there in one piece, so a job that
-was killed lost the parts under way and no more: the same command checks what is there and makes the rest.
+the listing and what Ray Data lets decoders be ahead, however many images there are. A part in storage was put there in
+one piece, so a job that was killed lost the parts under way and no more: the same command checks what is there and makes
+the rest.
 """
 
 import builtins
