@@ -22,7 +22,7 @@ from cxr_dist.data.pages import BrokenPagesError, read_row_groups
 from cxr_dist.data.ranges import AHEAD_BYTES, ByteRanges
 from cxr_dist.errors import DataError
 
-__all__ = ["COLUMNS", "FileReader", "ShardReader"]
+__all__ = ["COLUMNS", "FileReader", "ShardReader", "reading"]
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +101,7 @@ class ShardReader:
             length=row_groups["bytes"].to_numpy().copy(),
             missing=missing,
             mend=mend,
-            **_reading(config),
+            **reading(config),
         )
         return cls(ranges=ranges, num_rows=row_groups["rows"].to_numpy().copy(), schema=schema, columns=columns)
 
@@ -166,7 +166,7 @@ class FileReader:
             length=table["bytes"].to_numpy().copy(),
             missing=f"expected an image; {_MEND_IN_PLACE}",
             mend=_MEND_IN_PLACE,
-            **_reading(config),
+            **reading(config),
         )
         return cls(ranges=ranges, findings=findings_matrix(manifest.rows(split)))
 
@@ -190,8 +190,8 @@ class FileReader:
             yield pa.table(columns, names=list(COLUMNS))
 
 
-def _reading(config: DataConfig | None) -> dict[str, Any]:
-    """How `ByteRanges` reads, as the config says."""
+def reading(config: DataConfig | None) -> dict[str, Any]:
+    """How `ByteRanges` reads, as the config says: its options of that name."""
     if config is None:
         return {}
     cache = NodeCache(folder=os.path.abspath(config.cache_dir), max_bytes=int(config.cache_gb * 1e9))

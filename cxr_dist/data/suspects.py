@@ -10,6 +10,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from urllib.parse import quote, unquote
 
 import numpy as np
 import numpy.typing as npt
@@ -57,13 +58,14 @@ class Journal:
         self.path = Path(tempfile.gettempdir()) / f"cxr-dist-{token}-{number}"
         self.suspects: frozenset[str] = frozenset()
         if self.path.exists():
-            self.suspects = frozenset(self.path.read_text().splitlines())
+            self.suspects = frozenset(unquote(line) for line in self.path.read_text().split("\n") if line)
         self.file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600)
         self.base = os.fstat(self.file).st_size
 
     def mark(self, image_ids: Sequence[str]) -> None:
         os.ftruncate(self.file, self.base)
-        os.write(self.file, ("\n".join(image_ids) + "\n").encode())
+        # quoted, for a path may hold a line's end
+        os.write(self.file, "".join(f"{quote(image_id)}\n" for image_id in image_ids).encode())
 
     def __enter__(self) -> "Journal":
         return self

@@ -3,21 +3,24 @@
 import logging
 import math
 import uuid
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import ray
 import torch
+from ray.util.annotations import RayDeprecationWarning
 
 from cxr_dist import storage
 from cxr_dist.cluster import free_cpus
 from cxr_dist.config import Config, ModelConfig
 from cxr_dist.data.manifest import Manifest
 from cxr_dist.data.nih import FINDINGS
-from cxr_dist.data.plan import Split
+from cxr_dist.data.plan import EMPTY, Split
 from cxr_dist.data.rows import CORRUPT, OK, PADDING, Journal, RowDecoder, fixed_rows
 from cxr_dist.data.shards import ShardReader
 from cxr_dist.errors import ConfigError, DataError, RunError
@@ -27,9 +30,12 @@ from cxr_dist.model.network import Network
 from cxr_dist.preflight import check_pixels
 from cxr_dist.train.checkpoint import load_checkpoint
 
-__all__ = ["score_split"]
+__all__ = ["DecodeGroups", "Scorer", "pipeline", "score_split", "scorers"]
 
 log = logging.getLogger(__name__)
+
+Decode = Callable[[dict[str, Any]], Iterator[pa.Table]]
+"""{"item": [task number]} to the decoded rows of the task."""
 
 TASK_IMAGES = 256
 
@@ -64,27 +70,59 @@ def score_split(
         groups_per_task=max(1, TASK_IMAGES // manifest.row_group),
         num_groups=math.ceil(num_rows / manifest.row_group),
     )
-    num_scorers = scorers(config, use_gpu=use_gpu)
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    tasks = ray.data.from_items(list(range(decode.num_tasks)), override_num_blocks=decode.num_tasks)
-    blocks = tasks.map_batches(
+    blocks = pipeline(
         decode,
-        batch_size=1,
-        num_cpus=1,
-        compute=ray.data.TaskPoolStrategy(size=max(1, min(decode.num_tasks, free_cpus(0 if use_gpu else num_scorers)))),
-        max_retries=TASK_RETRIES,
-    ).map_batches(
+        range(decode.num_tasks),
         Scorer,
-        fn_constructor_args=(checkpoint_uri, config.train.threads_per_worker),
-        batch_size=decode.groups_per_task * manifest.row_group,  # Ray wants a number where GPUs are asked for
-        batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(size=num_scorers),
-        num_gpus=1 if use_gpu else 0,
-        num_cpus=0 if use_gpu else 1,
+        (checkpoint_uri, config.train.threads_per_worker),
+        rows_per_task=decode.groups_per_task * manifest.row_group,
+        num_scorers=scorers(config, use_gpu=use_gpu),
+        use_gpu=use_gpu,
     )
     parts = list(blocks.iter_batches(batch_size=None, batch_format="pyarrow"))
     return _checked(pa.concat_tables(parts), rows, split, findings, num_rows, config.data.max_corrupt)
+
+
+def pipeline(
+    decode: Decode,
+    tasks: Sequence[int],
+    score: type,
+    arguments: tuple[Any, ...],
+    *,
+    rows_per_task: int,
+    num_scorers: int,
+    use_gpu: bool,
+) -> ray.data.Dataset:
+    """Tasks decoded on CPUs by `decode`, at most as many at once as there are CPUs, then handed to actors of `score`.
+
+    An actor gets `rows_per_task` rows at a time: where every task gives as many, exactly those of one task.
+    """
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    decoders = max(1, min(len(tasks), free_cpus(0 if use_gpu else num_scorers)))
+    items = ray.data.from_items(list(tasks), override_num_blocks=len(tasks))
+    with warnings.catch_warnings():
+        # Ray 2.60 calls the retries' arguments deprecated and has no other name for them
+        warnings.simplefilter("ignore", RayDeprecationWarning)
+        blocks = items.map_batches(
+            decode,
+            batch_size=1,
+            num_cpus=1,
+            compute=ray.data.TaskPoolStrategy(size=decoders),
+            max_retries=TASK_RETRIES,
+        ).map_batches(
+            score,
+            fn_constructor_args=arguments,
+            batch_size=rows_per_task,  # Ray wants a number where GPUs are asked for
+            batch_format="pyarrow",
+            compute=ray.data.ActorPoolStrategy(size=num_scorers),
+            num_gpus=1 if use_gpu else 0,
+            num_cpus=0 if use_gpu else 1,
+            max_restarts=-1,
+            max_task_retries=TASK_RETRIES,
+        )
+    blocks.context.target_max_block_size = None
+    return blocks
 
 
 def scorers(config: Config, *, use_gpu: bool) -> int:
@@ -159,6 +197,8 @@ class DecodeGroups:
     token: str
     groups_per_task: int
     num_groups: int
+    padded: bool = False
+    """Whether the last task has as many rows as the others, those past the end marked as padding."""
 
     @property
     def num_tasks(self) -> int:
@@ -168,6 +208,8 @@ class DecodeGroups:
         for number in batch["item"]:
             first = int(number) * self.groups_per_task
             groups = np.arange(first, min(first + self.groups_per_task, self.num_groups))
+            if self.padded:
+                groups = np.pad(groups, (0, self.groups_per_task - len(groups)), constant_values=EMPTY)
             with Journal(self.token, int(number)) as journal:
                 yield self.decoder.rows(groups, journal)
 
@@ -181,10 +223,14 @@ class Scorer:
             torch.set_num_threads(threads)
         self.network = load_network(checkpoint_uri, torch.device("cuda" if use_gpu else "cpu"))
 
-    def __call__(self, table: pa.Table) -> pa.Table:
+    def logits(self, table: pa.Table) -> npt.NDArray[np.float32]:
+        """float32 [rows, findings]; an image's logits do not depend on its neighbours."""
         size = math.isqrt(table.schema.field("image").type.byte_width)
         pixels = fixed_rows(table["image"], np.uint8).reshape(len(table), size, size)
-        logits = np.ascontiguousarray(self.network.score(pixels), dtype="<f4")
+        return np.ascontiguousarray(self.network.score(pixels), dtype="<f4")
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        logits = self.logits(table)
         column = pa.FixedSizeBinaryArray.from_buffers(
             pa.binary(4 * logits.shape[1]), len(logits), [None, pa.py_buffer(logits)]
         )

@@ -17,12 +17,11 @@ from cxr_dist.errors import DataError
 from cxr_dist.evaluate import figures
 from cxr_dist.evaluate.metrics import Metric, Metrics, measure, pr_curve, roc_curve, thin
 from cxr_dist.evaluate.scores import ScoreTable, write
-from cxr_dist.evaluate.thresholds import fit
+from cxr_dist.evaluate.thresholds import DEFAULT_THRESHOLD, fit
 
 __all__ = ["AVERAGES", "DEFAULT_THRESHOLD", "table", "write_report"]
 
 AVERAGES = ("micro avg", "macro avg", "weighted avg", "samples avg")
-DEFAULT_THRESHOLD = 0.5
 _COLUMNS = ("precision", "recall", "f1-score", "support")
 
 

@@ -8,7 +8,10 @@ from cxr_dist.errors import DataError
 from cxr_dist.evaluate.metrics import confusion_counts, undefined_reason
 from cxr_dist.evaluate.scores import ScoreTable
 
-__all__ = ["Thresholds", "fit"]
+__all__ = ["DEFAULT_THRESHOLD", "Thresholds", "fit"]
+
+DEFAULT_THRESHOLD = 0.5
+"""Where validation defines none."""
 
 
 class Thresholds(TypedDict):

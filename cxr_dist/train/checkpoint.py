@@ -25,7 +25,7 @@ from typing import Any
 from cxr_dist import storage
 from cxr_dist.errors import InputError, RunError
 
-__all__ = ["FORMAT", "Checkpoints", "Entry", "load_checkpoint", "run_folder"]
+__all__ = ["FORMAT", "Checkpoints", "Entry", "find_checkpoint", "load_checkpoint", "run_folder"]
 
 log = logging.getLogger(__name__)
 
@@ -227,6 +227,12 @@ def load_checkpoint(uri: str) -> dict[str, Any]:
 
     InputError if there is none there.
     """
+    folder, checkpoints, entry = find_checkpoint(uri)
+    return {**checkpoints.load(entry), "uri": checkpoints.uri(entry), "folder": folder}
+
+
+def find_checkpoint(uri: str) -> tuple[str, Checkpoints, Entry]:
+    """The run's folder, its checkpoints, and the one that `load_checkpoint` loads; InputError if there is none there."""
     folder, separator, file = uri.rpartition("/checkpoints/")
     if not separator:
         folder = uri.rstrip("/")
@@ -239,7 +245,7 @@ def load_checkpoint(uri: str) -> dict[str, Any]:
         raise InputError(
             f"checkpoint {storage.shown(uri)}: found none there, expected RUN/checkpoints/OWNER/STEP.pt or a run's folder"
         )
-    return {**checkpoints.load(entry), "uri": checkpoints.uri(entry), "folder": folder}
+    return folder, checkpoints, entry
 
 
 def best_of(entries: list[Entry]) -> Entry | None:

@@ -8,9 +8,11 @@ import pyarrow as pa
 import pytest
 
 from cxr_dist.data.images import PIXELS_VERSION
-from cxr_dist.data.rows import CORRUPT, OK, PADDING
+from cxr_dist.data.plan import Split
+from cxr_dist.data.rows import CORRUPT, OK, PADDING, RowDecoder
 from cxr_dist.errors import DataError, RunError
 from cxr_dist.evaluate import inference
+from tests.training import SIZE, MemoryRows
 
 CHECKPOINT = {"size": 64, "manifest_sha256": "a" * 64}
 FINDINGS = ("Mass", "Nodule")
@@ -89,3 +91,21 @@ def test_an_unreadable_image_is_left_out_and_too_many_are_an_error() -> None:
 
 def test_a_trial_run_scores_the_first_rows_only() -> None:
     assert len(check(scored([0, 1, 2], [OK] * 3), num_rows=2)[0]) == 2
+
+
+@pytest.mark.parametrize(("padded", "lengths"), [(True, [12, 12, 12]), (False, [12, 12, 8])])
+def test_tasks_have_as_many_rows_as_each_other_if_that_is_asked_for(padded: bool, lengths: list[int]) -> None:
+    """30 images in row groups of 4, three of them a task: only then is a batch of 12 rows surely one task's."""
+    decoder = RowDecoder(
+        source=MemoryRows("test", 30, 4),
+        split=Split(num_rows=30, row_group=4),
+        size=SIZE,
+        encoding="pixels",
+        findings=(0, 1),
+    )
+    decode = inference.DecodeGroups(decoder, token="t", groups_per_task=3, num_groups=8, padded=padded)
+    tables = [table for task in range(decode.num_tasks) for table in decode({"item": [task]})]
+    assert [len(table) for table in tables] == lengths
+    rows = [row for table in tables for row in table["row"].to_pylist()]
+    assert [row for row in rows if row >= 0] == list(range(30))
+    assert [row < 0 for row in rows] == [state == PADDING for table in tables for state in table["state"].to_pylist()]
