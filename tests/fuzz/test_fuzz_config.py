@@ -94,9 +94,11 @@ def agrees(written: Any, held: Any) -> bool:
     return bool(str(written) == held if isinstance(held, str) else written == held)
 
 
-def test_a_damaged_run_file_is_refused_in_a_line_or_says_what_it_says(tmp_path: Path) -> None:
+def test_a_damaged_run_file_is_refused_in_a_line_or_says_what_it_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "run.yaml"
-    logging.getLogger("cxr_dist.cli").setLevel(logging.CRITICAL)
+    monkeypatch.setattr(logging.getLogger("cxr_dist.cli"), "disabled", True)
 
     def check(data: bytes) -> None:
         path.write_bytes(data)
