@@ -24,7 +24,7 @@ from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from cxr_dist.errors import DataError
 from cxr_dist.scrub import scrub
 
-__all__ = ["MetricJournal", "SystemMetrics", "send_records", "send_unsent", "start_system_metrics"]
+__all__ = ["MetricJournal", "SystemMetrics", "num_missing", "send_records", "send_unsent", "start_system_metrics"]
 
 FORMAT = "cxr-dist-metrics/1"
 RECORDS_PER_SEND = 200
@@ -184,6 +184,11 @@ def send_records(records: Iterable[Mapping[str, Any]], tracking_uri: str, run_id
     return _Sender(tracking_uri, run_id).send(records)
 
 
+def num_missing(records: Iterable[Mapping[str, Any]], tracking_uri: str, run_id: str) -> int:
+    """How many metric values of the records the server lacks; nothing is sent."""
+    return len(_Sender(tracking_uri, run_id).fresh(records))
+
+
 class SystemMetrics:
     """CPU, memory, disk, network and GPU use of this node, written to a run as system/<node>/… until stopped.
 
@@ -223,8 +228,8 @@ class _Sender:
         self._run_id = run_id
         self._on_server: dict[str, set[int]] = {}
 
-    def send(self, records: Iterable[Mapping[str, Any]]) -> int:
-        """Send the records; returns the number of metric values that were new to the server."""
+    def fresh(self, records: Iterable[Mapping[str, Any]]) -> dict[tuple[str, int], Metric]:
+        """The metric values that the server lacks, by key and step."""
         fresh: dict[tuple[str, int], Metric] = {}
         for record in records:
             step = record["step"]
@@ -234,6 +239,11 @@ class _Sender:
                     self._on_server[key] = {point.step for point in history}
                 if step not in self._on_server[key]:
                     fresh.setdefault((key, step), Metric(key, value, record["timestamp"], step))
+        return fresh
+
+    def send(self, records: Iterable[Mapping[str, Any]]) -> int:
+        """Send the records; returns the number of metric values that were new to the server."""
+        fresh = self.fresh(records)
         metrics = list(fresh.values())
         try:
             for start in range(0, len(metrics), METRICS_PER_REQUEST):
