@@ -37,7 +37,7 @@ def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     facts = gather(path, features_uri, tracking, older_s=older_s)
     items = plan(facts, older_s=older_s)
     if config.run.name:
-        items = [item for item in items if item.kind in ("run", "checkpoints") and item.name == config.run.name]
+        items = [item for item in items if item.kind != "features" and item.name == config.run.name]
     if not items:
         what = f"run {config.run.name}" if config.run.name else "run and no features"
         raise ConfigError(f"train.storage_path: found no {what} under {storage.shown(path)}, expected RUN/run.json")

@@ -489,7 +489,7 @@ class Driver:
         """As `train.run` does: look, take the lease, look again, adopt, record."""
         folder = str(self.folder)
         read_run(folder)
-        lease = Lease.take(folder, owner="driver", beat_s=0.01, pause=watchful)
+        lease = Lease.take(folder, owner="driver", beat_s=0.01, pause=watchful, on_loss=lambda: None)
         found = read_run(folder)
         self.began_anew, self.lease = found is None, lease.__enter__()
         Checkpoints(folder, owner=lease.number).adopt()
@@ -498,7 +498,7 @@ class Driver:
 
 def watchful(seconds: float) -> None:
     """A pause in which a driver that lives shows it."""
-    time.sleep(0.03)
+    time.sleep(0.06)
 
 
 def test_a_driver_that_starts_while_a_run_is_removed_is_refused_or_begins_anew(world: World) -> None:
@@ -635,7 +635,7 @@ def test_a_driver_that_comes_first_keeps_leftovers(world: World) -> None:
     folder = world.run(days=3, owner=2)
     put(folder / "checkpoints" / "000001" / "000000010.pt", "x")
     facts, before = world.facts(), tree(folder)
-    with Lease.take(str(folder), owner="driver", beat_s=0.01):
+    with Lease.take(str(folder), owner="driver", beat_s=0.01, on_loss=lambda: None):
         stayed = world.remove(facts, pause=watchful)
     assert "being written by driver@" in stayed["checkpoints demo"]
     assert tree(folder) == before
