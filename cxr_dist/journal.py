@@ -28,7 +28,16 @@ from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from cxr_dist.errors import DataError
 from cxr_dist.scrub import scrub
 
-__all__ = ["MetricJournal", "SystemMetrics", "dump", "load", "send_records", "send_unsent", "start_system_metrics"]
+__all__ = [
+    "MetricJournal",
+    "SystemMetrics",
+    "dump",
+    "load",
+    "num_missing",
+    "send_records",
+    "send_unsent",
+    "start_system_metrics",
+]
 
 FORMAT = "cxr-dist-metrics/1"
 RECORDS_PER_SEND = 200
@@ -211,6 +220,11 @@ def load(content: bytes, name: str, run_id: str | None = None) -> list[dict[str,
     return records
 
 
+def num_missing(records: Iterable[Mapping[str, Any]], tracking_uri: str, run_id: str) -> int:
+    """How many metric values of the records the server lacks; nothing is sent."""
+    return len(_Sender(tracking_uri, run_id).fresh(records))
+
+
 class SystemMetrics:
     """CPU, memory, disk, network and GPU use of this node, written to a run as system/<node>/… until stopped.
 
@@ -250,8 +264,8 @@ class _Sender:
         self._run_id = run_id
         self._on_server: dict[str, set[int]] = {}
 
-    def send(self, records: Iterable[Mapping[str, Any]]) -> int:
-        """Send the records; returns the number of metric values that were new to the server."""
+    def fresh(self, records: Iterable[Mapping[str, Any]]) -> dict[tuple[str, int], Metric]:
+        """The metric values that the server lacks, by key and step."""
         fresh: dict[tuple[str, int], Metric] = {}
         for record in records:
             step = record["step"]
@@ -261,6 +275,11 @@ class _Sender:
                     self._on_server[key] = {point.step for point in history}
                 if step not in self._on_server[key]:
                     fresh.setdefault((key, step), Metric(key, value, record["timestamp"], step))
+        return fresh
+
+    def send(self, records: Iterable[Mapping[str, Any]]) -> int:
+        """Send the records; returns the number of metric values that were new to the server."""
+        fresh = self.fresh(records)
         metrics = list(fresh.values())
         try:
             for start in range(0, len(metrics), METRICS_PER_REQUEST):

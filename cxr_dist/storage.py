@@ -6,6 +6,7 @@ bucket, wrong key, server down) is an `InputError` in one sentence that names th
 `FileNotFoundError`, for the caller knows what it means.
 """
 
+import contextlib
 import functools
 import os
 import random
@@ -131,16 +132,26 @@ def list_files(uri: str, recursive: bool = True) -> list[tuple[str, int]]:
 
     Keys that stand for a folder (ending in `/`) are left out. A missing bucket is an InputError.
     """
-    fs, path = resolve(uri)
-    selector = pafs.FileSelector(path, allow_not_found=True, recursive=recursive)
+    return [(path, size) for path, size, _ in scan(uri, recursive)]
+
+
+def scan(uri: str, recursive: bool = True) -> list[tuple[str, int, float]]:
+    """Files as `list_files` gives them, with when each was last written: seconds since 1970, 0 if the store does not say."""
+    path, infos = _children(uri, recursive)
     found = [
-        (info.path[len(path) :].lstrip("/"), info.size)
-        for info in retry(lambda: fs.get_file_info(selector), uri)
+        (info.path[len(path) :].lstrip("/"), info.size, (info.mtime_ns or 0) / 1e9)
+        for info in infos
         if info.type == pafs.FileType.File and not info.path.endswith("/")
     ]
     if not found:
         _check_bucket(uri)
     return sorted(entry for entry in found if entry[0])
+
+
+def list_folders(uri: str) -> list[str]:
+    """Names of the folders right under a folder or prefix, sorted; in an object store those of keys with more parts."""
+    _, infos = _children(uri, recursive=False)
+    return sorted(info.base_name for info in infos if info.type == pafs.FileType.Directory)
 
 
 def put_atomic(uri: str, data: bytes | pa.Buffer) -> None:
@@ -187,12 +198,25 @@ def delete_dir(uri: str) -> None:
         return
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda entry: delete(join(uri, entry[0])), list_files(uri)))
-    fs, path = resolve(uri)
-    selector = pafs.FileSelector(path, allow_not_found=True, recursive=True)
-    folders = [info.path for info in retry(lambda: fs.get_file_info(selector), uri)]
-    for folder in (*sorted(folders, key=lambda name: name.count("/"), reverse=True), path):
-        if "/" in folder:  # else the bucket
-            _delete_folder(fs, folder, uri)
+    _delete_folders(uri)
+
+
+def delete_empty(uri: str) -> bool:
+    """Remove a folder, and those in it, if there is no file in any of them; whether there was none.
+
+    What appears there in this very moment stays on a disk, but may be lost in an object store.
+    """
+    if list_files(uri):
+        return False
+    if not is_local(uri):
+        _delete_folders(uri)
+        return True
+    for folder, _, _ in os.walk(resolve(uri)[1], topdown=False):
+        try:
+            os.rmdir(folder)
+        except OSError:  # no longer empty, or gone
+            return not exists(uri)
+    return True
 
 
 def free_bytes(uri: str) -> int | None:
@@ -235,16 +259,26 @@ def _check_bucket(uri: str) -> None:
         _bucket(parts.scheme, parts.netloc, parts.query)
 
 
+def _children(uri: str, recursive: bool) -> tuple[str, list[pafs.FileInfo]]:
+    """The path of a folder or prefix, and what is in it."""
+    fs, path = resolve(uri)
+    selector = pafs.FileSelector(path, allow_not_found=True, recursive=recursive)
+    return path, retry(lambda: fs.get_file_info(selector), uri)
+
+
 def _info(uri: str) -> pafs.FileInfo:
     fs, path = resolve(uri)
     return retry(lambda: fs.get_file_info(path), uri)
 
 
-def _delete_folder(fs: pafs.FileSystem, path: str, uri: str) -> None:
-    try:
-        retry(lambda: fs.delete_dir(path), uri)
-    except FileNotFoundError:
-        return
+def _delete_folders(uri: str) -> None:
+    """Remove the empty objects that stand for a prefix and the folders in it."""
+    fs = resolve(uri)[0]
+    path, infos = _children(uri, recursive=True)
+    for folder in (*sorted((info.path for info in infos), key=lambda name: name.count("/"), reverse=True), path):
+        if "/" in folder:  # else the bucket
+            with contextlib.suppress(FileNotFoundError):
+                retry(functools.partial(fs.delete_dir, folder), uri)
 
 
 def _put_object(uri: str, buffer: pa.Buffer) -> None:

@@ -3,6 +3,7 @@
     FEATURES/0123456789abcdef/features.json     what the set is and which shards are whole; written last
     FEATURES/0123456789abcdef/00000.parquet     features of SHARD_IMAGES images, row groups as in the dataset
     FEATURES/0123456789abcdef/00000.parquet.json   its size and SHA-256; a build that was cut off goes on from these
+    FEATURES/0123456789abcdef/used.json         written whenever a run begins to use or build the set
 
 A set holds one view of one split, so that runs share what they have in common: view 0 (the plain image) depends on no
 seed, and a run with four views finds the first two that another has made. An image's features lie as bytes in height,
@@ -12,6 +13,7 @@ width, channel order, the layout that the tail reads.
 import hashlib
 import json
 import logging
+import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -28,7 +30,7 @@ from cxr_dist.data.pages import WRITE_OPTIONS
 from cxr_dist.data.plan import EMPTY, Int64, Split
 from cxr_dist.data.rows import fixed_rows
 from cxr_dist.data.shards import ShardReader
-from cxr_dist.errors import DataError, RunError
+from cxr_dist.errors import DataError, InputError, RunError
 
 __all__ = [
     "FORMAT",
@@ -42,6 +44,7 @@ __all__ = [
     "num_shards",
     "set_aside",
     "shard_groups",
+    "use",
     "write_shard",
 ]
 
@@ -58,6 +61,7 @@ ITEM_BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}
 
 INDEX = "features.json"
 ASIDE = "set_aside.json"
+USED = "used.json"
 
 
 def key_of(inputs: dict[str, Any]) -> str:
@@ -300,6 +304,19 @@ def locate(base: str, inputs: dict[str, Any], split: Split) -> tuple[str, Featur
         except DataError as error:
             set_aside(folder, str(error))
     raise RunError(f"{storage.shown(base)}: found 1000 unusable sets of features with key {key}; delete them")
+
+
+def use(folder: str, by: str) -> bool:
+    """Leave a sign that the set is used or built now; False if it was set aside meanwhile and must not be.
+
+    The sign first, then the look: who sets a set aside in order to delete it (`cxr_dist.housekeeping`) does the same the
+    other way round, so at least one of two that meet sees the other.
+    """
+    try:
+        storage.put_atomic(storage.join(folder, USED), json.dumps({"run": by, "time": time.time()}).encode())
+    except (InputError, OSError) as error:
+        log.info("no sign of use is left: %s", error)  # features that may only be read can be used too
+    return not storage.exists(storage.join(folder, ASIDE))
 
 
 def set_aside(folder: str, reason: str) -> None:

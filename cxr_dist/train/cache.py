@@ -17,6 +17,9 @@ from cxr_dist.data.features import (
     locate,
     num_shards,
 )
+from cxr_dist.data.features import (
+    use as begin_to_use,
+)
 from cxr_dist.errors import ConfigError
 from cxr_dist.model.augment import AUGMENTATION
 from cxr_dist.train.job import TrainJob, training_views
@@ -79,6 +82,8 @@ def prepare_features(job: TrainJob, *, use: bool | None = None) -> Cache:
     log.info("features: %s, %s", "kept" if decision.use else "not kept", decision.why)
     if not decision.use:
         return Cache(sets=None, decision=decision)
+    while not all([begin_to_use(place.folder, storage.shown(job.folder)) for place in places.values()]):
+        places = look(job, found)  # one of them is being deleted: another folder beside it
     began = time.perf_counter()
     sets = build(job, places, found)
     computed = sum(place.split.num_rows for place in places.values() if place.whole is None)

@@ -68,7 +68,16 @@ class Checkpoints:
 
     def entries(self) -> list[Entry]:
         """Whole checkpoints, oldest first."""
-        return self._latest()[1]
+        return self.latest()[1]
+
+    def latest(self) -> tuple[int, list[Entry]]:
+        """The latest owner (-1: none) and its checkpoints."""
+        while True:
+            owner = max((int(name[:6]) for name in self._names() if name.endswith("/index.json")), default=-1)
+            try:
+                return owner, [] if owner < 0 else self._listed(owner)
+            except FileNotFoundError:  # there is a later one since
+                continue
 
     def uri(self, entry: Entry) -> str:
         return storage.join(self.folder, entry.file)
@@ -110,7 +119,7 @@ class Checkpoints:
 
         buffer = io.BytesIO()
         torch.save({"format": FORMAT, **state}, buffer)
-        owner, entries = self._latest()
+        owner, entries = self.latest()
         if owner > self.owner:
             raise RunError(f"{storage.shown(self.folder)}: another driver has taken this run over; this one ends")
         before = [old for old in entries if old.index < index]
@@ -193,15 +202,6 @@ class Checkpoints:
                 f"{storage.shown(self.folder)}/index.json: found format 1, expected {FORMAT}; use the version that wrote it"
             )
         return [name for name in names if re.match(r"\d{6}/", name)]
-
-    def _latest(self) -> tuple[int, list[Entry]]:
-        """The latest owner (-1: none) and its checkpoints."""
-        while True:
-            owner = max((int(name[:6]) for name in self._names() if name.endswith("/index.json")), default=-1)
-            try:
-                return owner, [] if owner < 0 else self._listed(owner)
-            except FileNotFoundError:  # there is a later one since
-                continue
 
     def _listed(self, owner: int) -> list[Entry]:
         where = storage.join(self.folder, _name(owner), "index.json")

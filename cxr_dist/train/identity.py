@@ -10,9 +10,11 @@ from cxr_dist.errors import ConfigError, InputError
 from cxr_dist.train.checkpoint import Checkpoints
 from cxr_dist.train.job import TrainJob
 
-__all__ = ["Identity", "read_run"]
+__all__ = ["BEING_REMOVED", "FILE", "FORMAT", "Identity", "read_run"]
 
 FORMAT = 1
+BEING_REMOVED = "being removed"
+"""Format of the file of a run that `cxr_dist.housekeeping` has begun to delete; it keeps the former content under `run`."""
 FILE = "run.json"
 
 FREE = {
@@ -98,12 +100,17 @@ class Identity:
 
 
 def read_run(folder: str) -> dict[str, Any] | None:
-    """The file of the run in `folder`; None if there is none."""
+    """The file of the run in `folder`; None if there is none. InputError for one of another format, or being removed."""
     where = storage.join(folder, FILE)
     try:
         found: dict[str, Any] = json.loads(storage.read_bytes(where))
     except FileNotFoundError:
         return None
+    if found.get("format") == BEING_REMOVED:
+        raise InputError(
+            f"{storage.shown(where)}: found a run that is being removed and no longer whole, expected a whole one; let "
+            "jobs/gc.py --remove finish, or give another run.name"
+        )
     if found.get("format") != FORMAT:
         raise InputError(f"{where}: found format {found.get('format')!r}, expected {FORMAT}")
     return found

@@ -149,7 +149,7 @@ class Lease:
         self.folder, self.claim, self.beat_s = folder, claim, beat_s
         self.on_loss = on_loss or _terminate
         self.lost = threading.Event()
-        self._over = threading.Event()
+        self._over, self._buried = threading.Event(), False
         self._thread = threading.Thread(target=self._live, name="lease", daemon=True)
 
     @property
@@ -193,7 +193,7 @@ class Lease:
             )
             lease = cls(folder, claim, beat_s=beat_s, on_loss=on_loss)
             lease._write()
-            if set(_names(folder)) - known <= {claim.name}:
+            if set(_names(folder)) - known == {claim.name}:
                 if last and not all(one.released for one in last):
                     log.warning("run taken over from %s, which shows no sign of life", last[0].owner)
                 lease._clear()
@@ -210,11 +210,23 @@ class Lease:
     ) -> None:
         self._over.set()
         self._thread.join()
-        if not self.lost.is_set():
+        if not self.lost.is_set() and not self._buried:
             try:
                 self._write(released=True)
             except (InputError, OSError) as failure:
                 log.warning("the run's lease could not be given back, it ends by itself: %s", failure)
+
+    def bury(self) -> None:
+        """Delete every claim, for the run itself is deleted; the next driver of that name begins at number 1.
+
+        RunError if another driver has taken the run over.
+        """
+        self._over.set()
+        self._thread.join()
+        self.check()
+        self._clear()
+        self._buried = True
+        storage.delete(self._where)
 
     def check(self) -> None:
         """RunError if another driver has taken the run over."""
@@ -231,7 +243,11 @@ class Lease:
         return not self.lost.is_set()
 
     def _succeeded(self) -> bool:
-        return any(_number(name) > self.number for name in _names(self.folder))
+        names = _names(self.folder)
+        if any(_number(name) > self.number for name in names):
+            return True
+        # a claim that is gone was cleared by a successor, which may have deleted the run and its own claim since
+        return self.claim.name not in names and not storage.exists(self._where)
 
     @property
     def _where(self) -> str:

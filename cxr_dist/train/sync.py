@@ -19,11 +19,12 @@ from cxr_dist.train.identity import FILE, read_run
 from cxr_dist.train.lease import STALE_S, Claim, latest_claims, living_owner
 from cxr_dist.train.outcome import Outcome
 
-__all__ = ["runs_under", "sync_run"]
+__all__ = ["UNFINISHED", "carried", "runs_under", "sync_run"]
 
 log = logging.getLogger(__name__)
 
 UNFINISHED = ("RUNNING", "SCHEDULED")
+"""Status in MLflow of a run that has not said how it ended."""
 
 
 def runs_under(storage_path: str) -> list[str]:
@@ -32,6 +33,17 @@ def runs_under(storage_path: str) -> list[str]:
         name.removesuffix("/run.json") for name, _ in storage.list_files(storage_path) if name.endswith("/run.json")
     ]
     return sorted(name for name in names if "/" not in name)
+
+
+def carried(folder: str) -> list[dict[str, Any]]:
+    """Metric records that travelled with a run's last checkpoint, for the node that had the journal may be lost."""
+    checkpoints = Checkpoints(folder)
+    entry = checkpoints.latest_whole()
+    try:
+        return checkpoints.load(entry)["journal"] if entry else []
+    except RunError as error:
+        log.warning("%s", error)
+        return []
 
 
 def sync_run(
@@ -55,7 +67,7 @@ def sync_run(
         if pending:
             run_id = _begin(folder, found, client, tracking_uri)
         status = client.get_run(run_id).info.status
-        sent = unsent.send(folder, tracking_uri, run_id) + _send_carried(folder, tracking_uri, run_id)
+        sent = unsent.send(folder, tracking_uri, run_id) + send_records(carried(folder), tracking_uri, run_id)
         # as late as can be: a driver that begins meanwhile says itself how its run stands
         if claims and latest_claims(folder) == claims and client.get_run(run_id).info.status in UNFINISHED:
             status, failure = _ending(folder, claims[-1])
@@ -85,15 +97,3 @@ def _ending(folder: str, claim: Claim) -> tuple[str, str]:
         return outcome.status, outcome.failure
     last = f"{claim.owner}; its last sign of life was {claim.age_s / 60:.0f} minutes ago"
     return "FAILED", f"the driver was lost ({last}); run the same command again to go on from the last checkpoint"
-
-
-def _send_carried(folder: str, tracking_uri: str, run_id: str) -> int:
-    """Metrics that travelled with the last checkpoint, for the node that had the journal is lost."""
-    checkpoints = Checkpoints(folder)
-    entry = checkpoints.latest_whole()
-    try:
-        records = checkpoints.load(entry)["journal"] if entry else []
-    except RunError as error:
-        log.warning("%s", error)
-        return 0
-    return send_records(records, tracking_uri, run_id)

@@ -12,10 +12,10 @@ import torch
 
 from cxr_dist import storage
 from cxr_dist.config import Config, ModelConfig, TrainConfig
-from cxr_dist.data.features import FeatureSet, finished_shards, key_of, locate, num_shards, set_aside, shard_groups
+from cxr_dist.data.features import FeatureSet, finished_shards, key_of, locate, num_shards, set_aside, shard_groups, use
 from cxr_dist.data.plan import EMPTY, Split
 from cxr_dist.data.resident import HostRows
-from cxr_dist.errors import ConfigError, DataError
+from cxr_dist.errors import ConfigError, DataError, InputError
 from cxr_dist.model.features import DeviceRows, from_bytes, to_bytes
 from cxr_dist.train.cache import look, prepare_features
 from cxr_dist.train.feed import choose
@@ -87,6 +87,39 @@ def test_reader_gives_the_row_groups_that_are_asked_for(job: TrainJob) -> None:
     assert table["image_id"].to_pylist() == [f"train{row:04d}.png" for row in expected]
     whole = pa.concat_tables([found.read_shard(number) for number in range(4)])
     assert table["image"].to_pylist() == whole["image"].take(pa.array(expected)).to_pylist()
+
+
+def test_a_run_leaves_a_sign_of_use_and_turns_from_a_set_that_is_set_aside_at_that_moment(
+    job: TrainJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, signs, built = Path(sets_of(job)["train", 1].folder), [], []
+
+    def meets_a_removal(where: str, by: str) -> bool:
+        if where == str(folder):
+            set_aside(where, "it was not used for long")
+        signs.append(Path(where).name)
+        return use(where, by)
+
+    def build(job: TrainJob, places: Any, found: Any) -> Any:
+        built.append(sorted(Path(place.folder).name for place in places.values()))
+        return {}
+
+    monkeypatch.setattr("cxr_dist.train.cache.begin_to_use", meets_a_removal)
+    monkeypatch.setattr("cxr_dist.train.cache.build", build)
+    prepare_features(job, use=True)
+    validation = Path(sets_of(job)["validation", 0].folder).name
+    assert built == [sorted([validation, f"{folder.name}.1"])]
+    assert signs == [validation, folder.name, validation, f"{folder.name}.1"]
+    assert json.loads((folder.parent / validation / "used.json").read_text())["run"] == job.folder
+    assert wanted(job)["validation", 0].whole == sets_of(job)["validation", 0]
+
+
+def test_features_that_may_only_be_read_are_used_without_a_sign(job: TrainJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(uri: str, data: bytes) -> None:
+        raise InputError("access was refused")
+
+    monkeypatch.setattr(storage, "put_atomic", refused)
+    assert use(sets_of(job)["train", 1].folder, "run")
 
 
 def test_the_same_key_finds_the_set_and_every_input_changes_the_key(job: TrainJob) -> None:

@@ -10,7 +10,7 @@ import pytest
 from cxr_dist.config import Config, flatten
 from cxr_dist.errors import ConfigError, InputError
 from cxr_dist.train.checkpoint import Checkpoints
-from cxr_dist.train.identity import FREE, FREE_SECTIONS, Identity, decisive
+from cxr_dist.train.identity import BEING_REMOVED, FREE, FREE_SECTIONS, Identity, decisive
 from cxr_dist.train.job import TrainJob
 from tests.training import make_job
 
@@ -89,6 +89,15 @@ def test_unknown_format_is_refused(tmp_path: Path) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), "format": 2}))
     with pytest.raises(InputError, match=r"run\.json: found format 2, expected 1"):
         Identity.claim(job, resume="auto")
+
+
+def test_a_run_that_is_being_removed_is_refused(tmp_path: Path) -> None:
+    job = started(tmp_path)
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps({"format": BEING_REMOVED, "run": json.loads(path.read_text())}))
+    for resume in ("auto", "must", "never"):
+        with pytest.raises(InputError, match=r"run\.json: found a run that is being removed and no longer whole"):
+            Identity.claim(job, resume=resume)
 
 
 def test_a_new_mlflow_id_is_recorded_and_the_same_is_not_written_again(tmp_path: Path) -> None:

@@ -206,6 +206,30 @@ def test_an_owner_learns_that_it_was_succeeded(tmp_path: Path) -> None:
     assert b'"released": false' in own
 
 
+def test_an_owner_whose_claim_was_cleared_is_none_even_if_no_successor_is_left(tmp_path: Path) -> None:
+    """A successor may have removed the run and its own claim; a sign of life would now take the next run of that name."""
+    lost = threading.Event()
+    with take(tmp_path, beat_s=0.02, on_loss=lost.set) as lease:
+        storage.delete(lease._where)
+        assert lost.wait(60)
+    assert claims(tmp_path) == []
+
+
+def test_a_buried_lease_leaves_nothing(tmp_path: Path) -> None:
+    with take(tmp_path, beat_s=0.02) as lease:
+        lease.bury()
+    assert claims(tmp_path) == []
+    assert take(tmp_path).number == 1
+
+
+def test_a_lease_is_not_buried_by_who_lost_it(tmp_path: Path) -> None:
+    with take(tmp_path, on_loss=lambda: None) as lease:
+        leave(tmp_path, elsewhere(number=2))
+        with pytest.raises(RunError, match="another driver has taken this run over"):
+            lease.bury()
+    assert claims(tmp_path) == ["000000001", "000000002"]
+
+
 def test_signs_of_life_are_left(tmp_path: Path) -> None:
     with take(tmp_path, beat_s=0.02):
         deadline = time.monotonic() + 60

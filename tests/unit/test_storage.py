@@ -61,6 +61,25 @@ def test_listing_is_sorted_relative_and_recursive_if_asked(tmp_path):
     assert storage.list_files(str(tmp_path / "none")) == []
 
 
+def test_a_scan_says_when_files_were_written_and_folders_are_listed(tmp_path):
+    for name in ("b/2", "b/c/3", "a", ".hidden"):
+        storage.put_atomic(storage.join(str(tmp_path), name), name.encode())
+        os.utime(tmp_path / name, (5.5, 5.5))
+    assert storage.scan(str(tmp_path)) == [(".hidden", 7, 5.5), ("a", 1, 5.5), ("b/2", 3, 5.5), ("b/c/3", 5, 5.5)]
+    assert storage.list_folders(str(tmp_path)) == ["b"]
+    assert storage.list_folders(str(tmp_path / "none")) == []
+
+
+def test_only_folders_without_a_file_are_deleted_as_empty(tmp_path):
+    storage.put_atomic(str(tmp_path / "x" / "y" / "file"), b"")
+    assert not storage.delete_empty(str(tmp_path / "x"))
+    assert (tmp_path / "x" / "y" / "file").exists()
+    (tmp_path / "x" / "y" / "file").unlink()
+    assert storage.delete_empty(str(tmp_path / "x"))
+    assert os.listdir(tmp_path) == []
+    assert storage.delete_empty(str(tmp_path / "x"))
+
+
 def test_a_put_that_fails_leaves_the_old_object_and_nothing_else(tmp_path, monkeypatch):
     uri = str(tmp_path / "x")
     storage.put_atomic(uri, b"old")

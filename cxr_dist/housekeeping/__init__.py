@@ -1,0 +1,1 @@
+"""What old runs, checkpoints and feature sets may go: facts of what there is, a plan from them, and its execution."""
