@@ -87,6 +87,12 @@ class Node:
         self.log.close()
         self.runtime_envs.cleanup()
 
+    @property
+    def node_id(self) -> str:
+        """The node's id in its cluster."""
+        [found] = {part.partition("=")[2] for part in psutil.Process(self.raylet).cmdline() if "--node_id=" in part}
+        return found
+
     def kill(self) -> None:
         """SIGKILL to the raylet; what ran on the node dies with it."""
         os.kill(self.raylet, signal.SIGKILL)

@@ -36,9 +36,11 @@ class Submitted:
         return json.loads(self.logs.splitlines()[-1])
 
 
-def submit(jobs: JobSubmissionClient, command: str) -> str:
-    """Submit as the README says, with the project's own runtime environment."""
+def submit(jobs: JobSubmissionClient, command: str, env: dict[str, str] | None = None) -> str:
+    """Submit as the README says, with the project's own runtime environment, and variables of its processes."""
     runtime_env = yaml.safe_load((ROOT / "infra" / "runtime_env.yaml").read_text()) | {"working_dir": str(ROOT)}
+    if env:
+        runtime_env["env_vars"] = env
     return jobs.submit_job(entrypoint=command, runtime_env=runtime_env)
 
 
@@ -59,8 +61,8 @@ def still_running(job: Submitted) -> Submitted:
     return job
 
 
-def run(jobs: JobSubmissionClient, command: str) -> Submitted:
-    return wait(jobs, submit(jobs, command))
+def run(jobs: JobSubmissionClient, command: str, env: dict[str, str] | None = None) -> Submitted:
+    return wait(jobs, submit(jobs, command, env))
 
 
 def find(client: MlflowClient, name: str) -> list[Run]:

@@ -4,6 +4,7 @@ A task notes in a small file what it is decoding. If its process dies, the next 
 suspect, tries each alone in a child process, and marks the one that kills that too.
 """
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -51,7 +52,8 @@ def decode_isolated(encoded: bytes, size: int, program: str = ISOLATED_PROGRAM) 
 class Journal:
     """What a task is decoding, in a file that outlives its process: the next attempt reads it as suspects.
 
-    A page-cache write of a few dozen bytes for every few images, about a microsecond beside milliseconds of decoding.
+    A page-cache write of a few dozen bytes for every few images, about a microsecond beside milliseconds of decoding. On a
+    disk that takes no more nothing is noted, and an image that kills its process ends the task after its retries.
     """
 
     def __init__(self, token: str, number: int):
@@ -59,17 +61,23 @@ class Journal:
         self.suspects: frozenset[str] = frozenset()
         if self.path.exists():
             self.suspects = frozenset(unquote(line) for line in self.path.read_text().split("\n") if line)
-        self.file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600)
-        self.base = os.fstat(self.file).st_size
+        self.file: int | None = None
+        with contextlib.suppress(OSError):
+            self.file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600)
+            self.base = os.fstat(self.file).st_size
 
     def mark(self, image_ids: Sequence[str]) -> None:
-        os.ftruncate(self.file, self.base)
-        # quoted, for a path may hold a line's end
-        os.write(self.file, "".join(f"{quote(image_id)}\n" for image_id in image_ids).encode())
+        if self.file is None:
+            return
+        with contextlib.suppress(OSError):
+            os.ftruncate(self.file, self.base)
+            # quoted, for a path may hold a line's end
+            os.write(self.file, "".join(f"{quote(image_id)}\n" for image_id in image_ids).encode())
 
     def __enter__(self) -> "Journal":
         return self
 
     def __exit__(self, *_: object) -> None:
-        os.close(self.file)
+        if self.file is not None:
+            os.close(self.file)
         self.path.unlink(missing_ok=True)

@@ -46,7 +46,9 @@ def fit(job: TrainJob, data: DataConfig, tracked: TrackedRun, lease: Lease) -> d
     attempt = uuid.uuid4().hex[:8]
     stop = Request(f"{job.run_id} {attempt} stop", "the driver was told to stop")
     resize = Request(f"{job.run_id} {attempt} resize", "the number of ranks is going to change")
-    trainer = make_trainer(dataclasses.replace(job, requests=(stop, resize)), data, attempt, before_resize=resize)
+    trainer = make_trainer(
+        dataclasses.replace(job, attempt=attempt, requests=(stop, resize)), data, before_resize=resize
+    )
     on_interrupt = signal.getsignal(signal.SIGINT)
     try:
         result = trainer.fit().return_value
@@ -70,7 +72,7 @@ def fit(job: TrainJob, data: DataConfig, tracked: TrackedRun, lease: Lease) -> d
     return result
 
 
-def make_trainer(job: TrainJob, data: DataConfig, attempt: str, *, before_resize: Request) -> ElasticTrainer:
+def make_trainer(job: TrainJob, data: DataConfig, *, before_resize: Request) -> ElasticTrainer:
     """Ray's trainer of the job's ranks."""
     config = job.config.train
     least, most = job.world_sizes[0], job.world_sizes[-1]
@@ -86,7 +88,7 @@ def make_trainer(job: TrainJob, data: DataConfig, attempt: str, *, before_resize
             elastic_resize_monitor_interval_s=RESIZE_LOOK_S,
         ),
         run_config=RunConfig(
-            name=attempt,
+            name=job.attempt,
             storage_path=storage.join(job.folder, "ray"),
             failure_config=FailureConfig(
                 max_failures=config.max_failures,

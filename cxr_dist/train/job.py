@@ -40,6 +40,8 @@ class TrainJob:
     """Numbers of ranks that the run may have, ascending."""
     owner: int = 0
     """Number of the lease under which the run is written (`train.lease`)."""
+    attempt: str = ""
+    """Name of the driver's attempt at the run."""
     requests: tuple[Request, ...] = ()
     """Where others ask for a checkpoint at once."""
     features: dict[tuple[str, int], FeatureSet] | None = None

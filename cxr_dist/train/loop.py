@@ -32,6 +32,7 @@ from cxr_dist.train.notice import Notice
 from cxr_dist.train.progress import Progress
 from cxr_dist.train.saver import PATIENCE_S, Saver
 from cxr_dist.train.validation import Validation
+from cxr_dist.train.watch import Watch
 
 __all__ = ["train_rank"]
 
@@ -53,10 +54,11 @@ def train_rank(parameters: dict[str, TrainJob]) -> dict[str, Any]:
     with (
         Monitor(job, ranks) as monitor,
         Notice(ranks, requests=job.requests, preemption=ray.train.get_preemption_info) as notice,
+        Watch(f"{job.run_id} {job.attempt}", ranks, job.config.train.process_group_timeout_s) as watch,
     ):
         try:
             trainer = Trainer(
-                job, ranks, monitor, shard=ray.train.get_dataset_shard("run"), device=device, notice=notice
+                job, ranks, monitor, shard=ray.train.get_dataset_shard("run"), device=device, notice=notice, watch=watch
             )
             trainer.run()
         except RunFaultError as fault:
@@ -68,7 +70,7 @@ class Trainer:
     """The run on one rank: what learns, where it stands, what it has seen, and what it leaves behind.
 
     `shard` is the rank's part of the stream (anything with `iter_batches`), or the features that stay in memory;
-    `notice` tells when a checkpoint is wanted at once (None: never).
+    `notice` tells when a checkpoint is wanted at once (None: never), `watch` is told where the rank is.
     """
 
     def __init__(
@@ -80,6 +82,7 @@ class Trainer:
         shard: Any,
         device: torch.device,
         notice: Notice | None = None,
+        watch: Watch | None = None,
     ):
         self.job, self.ranks, self.monitor = job, ranks, monitor
         self.config = job.config.train
@@ -93,6 +96,7 @@ class Trainer:
         # the other ranks wait for rank 0 no longer than for one another
         self.saver = Saver(self.checkpoints, patience_s=min(PATIENCE_S, self.config.process_group_timeout_s / 2))
         self.notice = notice or Notice(ranks)
+        self.watch = watch or Watch("", ranks, self.config.process_group_timeout_s)
         self.before_validation: dict[str, Any] = {}
         """Of the progress, what a state from the middle of a validation has: the network does not change in one."""
         self.feed: Stream | ResidentFeed = stream or resident_feed(shard, job, ranks, device)
@@ -103,6 +107,7 @@ class Trainer:
             self.learner.settle_buckets()
             self.monitor.start(self.progress.index)
             for batch in batches:
+                self.watch.at(batch.step.index, "computes")
                 if batch.step.kind == "train":
                     self.progress.trained(batch, self.train_step(batch), self.ranks.rank)
                     if (batch.step.number + 1) % self.config.log_every_steps == 0 or self.last_of_kind(batch.step):
@@ -113,8 +118,10 @@ class Trainer:
                         self.end_epoch(batch.step)
                         if self.progress.stopped:
                             break
+                        self.watch.at(batch.step.index + 1, "waits for data")
                         continue
                 self.checkpoint_in_epoch(batch.step)
+                self.watch.at(batch.step.index + 1, "waits for data")
 
     def resume(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """Take up the state that belongs to the first batch delivered, or the last one if there is nothing left."""
@@ -144,6 +151,7 @@ class Trainer:
 
     def merge(self, step: Step) -> None:
         """What each rank has seen since the last time becomes the run's; stop on a loss that is no number. Collective."""
+        self.watch.at(step.index, "waits for the other ranks")
         mine, images = self.progress.take_losses()
         losses = self.ranks.sum(mine)
         for number, loss in enumerate(losses):
@@ -182,6 +190,7 @@ class Trainer:
 
     def checkpoint_in_epoch(self, step: Step) -> None:
         """Within an epoch: save the state every so many steps, or because someone wants one. Collective."""
+        self.watch.at(step.index, "waits for the other ranks")
         wanted, every = self.notice.wanted(), self.config.checkpoint_every_steps
         if not wanted and not (step.kind == "train" and every and self.progress.steps % every == 0):
             return

@@ -1,8 +1,7 @@
 """Reasons to save a checkpoint at once: a node that is about to be taken away, a driver that was told to stop, a worker
 group that is to become another.
 
-A request from outside the ranks goes through the cluster's own key-value store, which is there as long as the ranks are.
-This module holds all that the package needs of Ray's private API for that (2.60).
+A request from outside the ranks goes through the cluster (`board`).
 """
 
 import logging
@@ -13,8 +12,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
-from ray.experimental import internal_kv
-
+from cxr_dist.train import board
 from cxr_dist.train.distributed import Ranks
 
 __all__ = ["Notice", "Request", "Wish"]
@@ -28,8 +26,6 @@ PREEMPTION_LOOKS = 4
 POLL_S = 0.2
 """Time between two looks of rank 0 at the key-value store."""
 
-_SPACE = "cxr-dist"
-
 
 @dataclass(frozen=True)
 class Request:
@@ -38,28 +34,22 @@ class Request:
     name: str
     reason: str
 
-    @property
-    def _keys(self) -> tuple[bytes, bytes]:
-        return f"{self.name} asked".encode(), f"{self.name} stored".encode()
-
     def ask(self) -> None:
         """Ask for a checkpoint, now."""
-        asked, stored = self._keys
-        internal_kv._internal_kv_del(stored, namespace=_SPACE)
-        internal_kv._internal_kv_put(asked, b"1", namespace=_SPACE)
+        board.delete(self._stored)
+        board.put(self._asked, b"1")
 
     def asked(self) -> bool:
         """Whether someone asks and has no answer."""
-        return bool(internal_kv._internal_kv_get(self._keys[0], namespace=_SPACE))
+        return board.get(self._asked) is not None
 
     def answer(self) -> None:
         """Say that the checkpoint is stored; called by rank 0."""
-        asked, stored = self._keys
-        internal_kv._internal_kv_put(stored, b"1", namespace=_SPACE)
-        internal_kv._internal_kv_del(asked, namespace=_SPACE)
+        board.put(self._stored, b"1")
+        board.delete(self._asked)
 
     def answered(self) -> bool:
-        return bool(internal_kv._internal_kv_get(self._keys[1], namespace=_SPACE))
+        return board.get(self._stored) is not None
 
     def wait(self, timeout_s: float) -> bool:
         """Whether the answer came in so many seconds."""
@@ -69,6 +59,14 @@ class Request:
                 return False
             time.sleep(0.05)
         return True
+
+    @property
+    def _asked(self) -> str:
+        return f"{self.name} asked"
+
+    @property
+    def _stored(self) -> str:
+        return f"{self.name} stored"
 
 
 class Wish(NamedTuple):
@@ -98,8 +96,8 @@ class Notice:
         self._given: set[int] = set()
         """Requests that a checkpoint is on its way for."""
         self._over = threading.Event()
-        self._known: Any = None
-        """The preemption that was last told of."""
+        self._known: set[int] = set()
+        """Ranks whose preemption was told of; its deadline may change."""
         self._looked = clock()
         self._every = self._left = 1
         self._looks = 0
@@ -157,8 +155,8 @@ class Notice:
                 return Wish(request.reason, request.answer)
         if self.preemption is not None and self._looks % PREEMPTION_LOOKS == 0:
             info = self.preemption()
-            if info is not None and info != self._known:
-                self._known = info
+            if info is not None and not self._known.issuperset(info.preempted_ranks):
+                self._known.update(info.preempted_ranks)
                 ranks = ", ".join(map(str, info.preempted_ranks))
                 return Wish(f"the node of rank {ranks} is about to be taken away")
         return None

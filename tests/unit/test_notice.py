@@ -161,6 +161,8 @@ def test_a_preemption_is_told_once() -> None:
     told[0] = Info([1, 3])
     found = steps(notice, clock, 3 * PREEMPTION_LOOKS)
     assert [reason for reason in found if reason] == ["the node of rank 1, 3 is about to be taken away"]
+    told[0] = Info([1, 3], deadline_ms=7)  # the same, told more exactly
+    assert steps(notice, clock, 3 * PREEMPTION_LOOKS) == [None] * 3 * PREEMPTION_LOOKS
     told[0] = Info([0])
     found = steps(notice, clock, 3 * PREEMPTION_LOOKS)
     assert [reason for reason in found if reason] == ["the node of rank 0 is about to be taken away"]
