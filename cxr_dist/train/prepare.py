@@ -4,6 +4,8 @@ import dataclasses
 import uuid
 
 import numpy as np
+import numpy.typing as npt
+import ray
 import torch
 
 from cxr_dist import storage
@@ -14,6 +16,7 @@ from cxr_dist.data.nih import FINDINGS
 from cxr_dist.data.plan import Plan, Split
 from cxr_dist.data.rows import Journal, RowDecoder, fixed_rows
 from cxr_dist.data.shards import ShardReader
+from cxr_dist.data.stream import TASK_RETRIES
 from cxr_dist.experiment import absolute_uri
 from cxr_dist.model import weights
 from cxr_dist.model.augment import to_input
@@ -97,13 +100,22 @@ def prepare_weights(job: TrainJob, *, resumed: bool) -> None:
     initial = weights.initial(model.weights, num_findings=len(job.findings), seed=seed)
     if initial.random:
         torch.set_num_threads(1)  # so that the same seed gives the same statistics on any machine
-        state = weights.calibrate(initial.state, to_input(calibration_images(job), initial.normalization))
+        images = torch.from_numpy(calibration_images(job).copy())
+        state = weights.calibrate(initial.state, to_input(images, initial.normalization))
         initial = dataclasses.replace(initial, state=state)
     storage.put_atomic(where, weights.save(initial))
 
 
-def calibration_images(job: TrainJob) -> torch.Tensor:
-    """The first images of the plan as uint8 [N, S, S]."""
+def calibration_images(job: TrainJob) -> npt.NDArray[np.uint8]:
+    """The first images of the plan as [N, S, S]; decoded beside the driver, for one of them may kill what decodes it."""
+    token = uuid.uuid4().hex
+    if not ray.is_initialized():
+        return decode_first(job, token)
+    return ray.get(ray.remote(max_retries=TASK_RETRIES)(decode_first).remote(job, token))
+
+
+def decode_first(job: TrainJob, token: str) -> npt.NDArray[np.uint8]:
+    """`calibration_images`, in this process; `token` is the same in every attempt."""
     decoder = RowDecoder(
         source=job.train, split=job.plan.train, size=job.size, encoding=job.encoding, findings=job.columns
     )
@@ -113,7 +125,6 @@ def calibration_images(job: TrainJob) -> torch.Tensor:
         if step.kind != "train":
             break
         groups += step.groups.tolist()
-    with Journal(uuid.uuid4().hex, 0) as journal:
+    with Journal(token, 0) as journal:
         rows = decoder.rows(np.array(groups), journal)
-    pixels = fixed_rows(rows["image"], np.uint8).reshape(-1, job.size, job.size)[:CALIBRATION_IMAGES]
-    return torch.from_numpy(pixels.copy())
+    return fixed_rows(rows["image"], np.uint8).reshape(-1, job.size, job.size)[:CALIBRATION_IMAGES]

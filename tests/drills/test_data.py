@@ -23,8 +23,8 @@ from tests.submitting import Submitted, find, run
 
 pytestmark = pytest.mark.slow
 
-KILLER = b"this image kills what decodes it"
-ONCE = b"this image kills what decodes it first"
+KILLER = b"this image always kills what decodes it"
+ONCE = b"this image kills what decodes it, once"
 
 SITECUSTOMIZE = f"""
 import os, signal
@@ -98,36 +98,51 @@ def corrupt_images(client: MlflowClient, name: str, folder: Path) -> dict[str, s
     return json.loads(Path(where).read_text())
 
 
+@pytest.fixture(scope="module")
+def shard(jobs: JobSubmissionClient, local_release: Path, s3: None) -> str:
+    """URI of a training shard of the dataset s3://cxr/overwritten."""
+    job = ingest(jobs, local_release, "overwritten", "--data.encoding pixels")
+    assert job.status == JobStatus.SUCCEEDED, job.logs
+    manifest = Manifest.load("s3://cxr/overwritten")
+    return storage.join(manifest.uri, manifest.splits["train"].shards[0].path)
+
+
 @pytest.mark.drill(
-    "a shard overwritten by other bytes of the same length, and one cut off, after the ingest",
+    "a shard overwritten by other bytes of the same length after the ingest",
     "FAILED, resumable; the shard is named, nothing of it is trained on",
 )
 def test_shard_overwritten(
-    drill: Drill, jobs: JobSubmissionClient, train: str, client: MlflowClient, local_release: Path, s3: None
+    drill: Drill, jobs: JobSubmissionClient, train: str, client: MlflowClient, shard: str
 ) -> None:
-    assert ingest(jobs, local_release, "overwritten", "--data.encoding pixels").status == JobStatus.SUCCEEDED
-    manifest = Manifest.load("s3://cxr/overwritten")
-    [shard, *_] = manifest.splits["train"].shards
-    where = storage.join(manifest.uri, shard.path)
-    whole = storage.read_bytes(where)
+    whole = storage.read_bytes(shard)
     drill.hurt()
-    damages = {"bytes": whole[: len(whole) // 2] + os.urandom(len(whole) - len(whole) // 2), "cut": whole[:-1000]}
-    for damage, content in damages.items():
-        storage.put_atomic(where, content)
-        name = f"drill-shard-{damage}"
-        job = run(jobs, f"{train} --data.uri s3://cxr/overwritten --run.name {name} --train.max_failures 1")
-        assert job.status == JobStatus.FAILED, damage
-        assert shard.path.rpartition("/")[2] in job.logs.splitlines()[-1], job.logs[-3000:]
-        for found in find(client, name):
-            assert found.info.status == "FAILED"
-            assert shard.path.rpartition("/")[2] in found.data.tags["failure"]
-    storage.put_atomic(where, whole)
-    job = run(jobs, f"{train} --data.uri s3://cxr/overwritten --run.name drill-shard-bytes")
+    storage.put_atomic(shard, whole[:4000] + os.urandom(len(whole) // 2) + whole[4000 + len(whole) // 2 :])
+    command = f"{train} --data.uri s3://cxr/overwritten --run.name drill-shard --train.max_failures 0"
+    job = run(jobs, command)
+    storage.put_atomic(shard, whole)
+    assert job.status == JobStatus.FAILED
+    assert shard.rpartition("/")[2] in job.logs, job.logs[-3000:]
+    for found in find(client, "drill-shard"):
+        assert found.info.status == "FAILED"
+    job = run(jobs, command)
     assert job.status == JobStatus.SUCCEEDED, job.logs[-3000:]
-    [found] = find(client, "drill-shard-bytes")
-    assert found.info.status == "FINISHED"
-    assert steps_logged(client, "drill-shard-bytes") == list(range(1, job.result["steps"] + 1))
+    assert steps_logged(client, "drill-shard") == list(range(1, job.result["steps"] + 1))
     drill.outcome = "FAILED, naming the shard; FINISHED once it was put back"
+
+
+@pytest.mark.long
+@pytest.mark.drill("a shard cut off after the ingest", "refused or FAILED before a step; the shard is named")
+def test_shard_cut(drill: Drill, jobs: JobSubmissionClient, train: str, client: MlflowClient, shard: str) -> None:
+    whole = storage.read_bytes(shard)
+    drill.hurt()
+    storage.put_atomic(shard, whole[:-1000])
+    job = run(jobs, f"{train} --data.uri s3://cxr/overwritten --run.name drill-cut --train.max_failures 0")
+    storage.put_atomic(shard, whole)
+    assert job.status == JobStatus.FAILED
+    assert shard.rpartition("/")[2] in job.logs, job.logs[-3000:]
+    for found in find(client, "drill-cut"):
+        assert found.info.status == "FAILED"
+    drill.outcome = f"exit code {job.exit_code}, naming the shard"
 
 
 @pytest.mark.drill(
@@ -151,7 +166,7 @@ def test_unreadable_images(
     for name in hurt:  # as long as before: what is in it is wrong
         path = release / "images" / name
         path.write_bytes(path.read_bytes()[:100] + os.urandom(path.stat().st_size - 100))
-    command = f"{train} --data.uri s3://cxr/unreadable"
+    command = f"{train} --data.uri s3://cxr/unreadable --data.encoding png"
     job = run(jobs, f"{command} --run.name drill-fewer --data.max_corrupt 0.1")
     assert job.status == JobStatus.SUCCEEDED, job.logs[-3000:]
     assert set(corrupt_images(client, "drill-fewer", tmp_path)) == set(hurt)
@@ -190,7 +205,8 @@ def test_image_kills_its_decoder(
     (tmp_path / "site" / "sitecustomize.py").write_text(SITECUSTOMIZE)
     env = {"PYTHONPATH": str(tmp_path / "site"), "KILLED_ONCE": str(tmp_path / "killed-once")}
     drill.hurt()
-    job = run(jobs, f"{train} --data.uri s3://cxr/killer --data.max_corrupt 0.1 --run.name drill-killer", env)
+    command = f"{train} --data.uri s3://cxr/killer --data.encoding png --data.max_corrupt 0.1"
+    job = run(jobs, f"{command} --run.name drill-killer", env)
     assert job.status == JobStatus.SUCCEEDED, job.logs[-4000:]
     assert (tmp_path / "killed-once").exists()
     named = corrupt_images(client, "drill-killer", tmp_path)
