@@ -23,7 +23,7 @@ $(STAMP): requirements.lock pyproject.toml
 demo: install  ## a whole run in a few minutes: synthetic release, ingest, two DDP workers, report, MLflow
 	$(BIN)/python jobs/demo.py
 
-test: install check  ## lint, types, and every test
+test: install check  ## lint, types, known vulnerabilities, and every test
 	$(BIN)/python -m pytest
 
 drills: install  ## hurt real processes, and write what came of it to docs/reliability.md
