@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 
 export RAY_DISABLE_IMPORT_WARNING := 1
 
-.PHONY: help install demo test drills check format lock clean
+.PHONY: help install demo test drills check audit format lock clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -23,7 +23,7 @@ $(STAMP): requirements.lock pyproject.toml
 demo: install  ## a whole run in a few minutes: synthetic release, ingest, two DDP workers, report, MLflow
 	$(BIN)/python jobs/demo.py
 
-test: install check  ## lint, types, and every test
+test: install check  ## lint, types, known vulnerabilities, and every test
 	$(BIN)/python -m pytest
 
 drills: install  ## hurt real processes, and write what came of it to docs/reliability.md
@@ -31,10 +31,13 @@ drills: install  ## hurt real processes, and write what came of it to docs/relia
 	CXR_DRILLS=$(CURDIR)/outputs/drills.jsonl $(BIN)/python -m pytest tests/drills -m drill
 	$(BIN)/python -m tests.drills.table outputs/drills.jsonl docs/reliability.md
 
-check: install  ## lint and types only
+check: install audit  ## lint, types and known vulnerabilities only
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+audit: install  ## known vulnerabilities of what is pinned, if PyPI can be asked
+	$(BIN)/python infra/audit.py requirements.lock
 
 format: install  ## format the code
 	$(BIN)/ruff check --fix .

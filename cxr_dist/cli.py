@@ -18,9 +18,9 @@ from typing import Any, NoReturn
 import jsonargparse
 
 from cxr_dist import environment, runfile
-from cxr_dist.config import Config
+from cxr_dist.config import Config, flatten
 from cxr_dist.errors import ConfigError, InputError, RunError
-from cxr_dist.scrub import scrub
+from cxr_dist.scrub import refuse_secrets, scrub
 
 __all__ = ["Job", "parse", "run_job"]
 
@@ -36,8 +36,12 @@ class _Parser(jsonargparse.ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         known = sorted(option.removeprefix("--") for action in self._actions for option in action.option_strings)
-        print(f"error: {_one_sentence(message, known)}", file=sys.stderr)
+        print(f"error: {scrub(_one_sentence(message, known))}", file=sys.stderr)
         sys.exit(2)
+
+    def dump(self, *args: Any, **options: Any) -> str:
+        """The config as --print_config shows it."""
+        return scrub(super().dump(*args, **options))
 
 
 def _one_sentence(message: str, known: list[str]) -> str:
@@ -83,7 +87,10 @@ def _unknown_key(key: str, known: list[str]) -> str:
 def parse(
     description: str, extra: Callable[[Any], None] | None = None, argv: list[str] | None = None
 ) -> tuple[Config, argparse.Namespace]:
-    """Parse a command line into the run's config and the job's own flags; exits with 2 on what cannot be used."""
+    """Parse a command line into the run's config and the job's own flags; exits with 2 on what cannot be used.
+
+    ConfigError for what does not fit, and for a credential among the values.
+    """
     parser = _Parser(description=description, default_env=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file of a run; later flags override it")
     parser.add_argument("--json", type=str | None, default=None, help="also write the result to this file")
@@ -104,6 +111,8 @@ def parse(
         raise ConfigError(f"--json: found no folder {Path(parsed.json).absolute().parent}; make it or give another")
     built = parser.instantiate_classes(parsed)
     config = Config(**{name: getattr(built, name) for name in Config.__dataclass_fields__})
+    flags = {name: value for name, value in vars(parsed).items() if name not in Config.__dataclass_fields__}
+    refuse_secrets(flatten(config) | {f"--{name.replace('_', '-')}": value for name, value in flags.items()})
     return config, argparse.Namespace(**vars(parsed))
 
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ray
+from ray._private import ray_constants
 from ray.autoscaler.sdk import request_resources
 from ray.util.annotations import RayDeprecationWarning
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -28,8 +29,8 @@ def connect(num_cpus_needed: float = 0) -> None:
     """Join the cluster of RAY_ADDRESS, of `ray job submit`, or that runs on this machine; else start a local one.
 
     A local cluster has at least `num_cpus_needed` logical CPUs, even of a machine with fewer cores: a rank that shares
-    a core is slow, a stream without a CPU stands still. RAY_ADDRESS=local always starts one of its own. Does nothing
-    where Ray is already up.
+    a core is slow, a stream without a CPU stands still. No other machine reaches it. RAY_ADDRESS=local always starts one
+    of its own. Does nothing where Ray is already up.
     """
     environment.apply()
     logging.getLogger("ray.data").setLevel(logging.WARNING)
@@ -49,11 +50,18 @@ def connect(num_cpus_needed: float = 0) -> None:
                 ) from None
         else:
             return
+    _stay_on_loopback()
     cores = os.cpu_count() or 1
     num_cpus = max(cores, math.ceil(num_cpus_needed))
     log.info("starting a local Ray with %d logical CPUs on %d cores", num_cpus, cores)
     # with the dashboard, for Ray Train watches its own controller through it
     ray.init(address="local", num_cpus=num_cpus, include_dashboard=True, **options)
+
+
+def _stay_on_loopback() -> None:
+    """Have the local cluster that is started next listen on 127.0.0.1: Ray's default is every interface of the machine."""
+    if os.environ.setdefault(ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, "0") == "0":
+        ray_constants.ENABLE_RAY_CLUSTER = False  # Ray's processes read the variable, this one has read it at import
 
 
 def wait_for_room(bundles: Sequence[Mapping[str, float]], wait_s: float) -> None:

@@ -7,6 +7,7 @@ already has of a (key, step) is asked of the server, so records may be sent agai
 and each (key, step) is still logged once.
 """
 
+import contextlib
 import errno
 import io
 import itertools
@@ -14,6 +15,8 @@ import json
 import logging
 import os
 import re
+import stat
+import tempfile
 import threading
 import time
 from collections import deque
@@ -34,6 +37,7 @@ __all__ = [
     "dump",
     "load",
     "num_missing",
+    "private_folder",
     "send_records",
     "send_unsent",
     "start_system_metrics",
@@ -220,6 +224,19 @@ def load(content: bytes, name: str, run_id: str | None = None) -> list[dict[str,
     return records
 
 
+def private_folder(name: str) -> Path:
+    """A folder under the system's temporary one that is this user's alone: the same one each time, or, if somebody else has
+    made one of that name, a new one."""
+    folder = Path(tempfile.gettempdir(), name)
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
+        return Path(tempfile.mkdtemp(prefix=f"{name}-"))
+    folder.chmod(0o700)
+    return folder
+
+
 def num_missing(records: Iterable[Mapping[str, Any]], tracking_uri: str, run_id: str) -> int:
     """How many metric values of the records the server lacks; nothing is sent."""
     return len(_Sender(tracking_uri, run_id).fresh(records))
@@ -302,7 +319,7 @@ class _File:
         self.file: io.FileIO | None = None
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self.file = io.FileIO(path, "a+")
+            self.file = io.FileIO(path, "a+", opener=lambda name, flags: os.open(name, flags, 0o600))
             self.file.seek(0)
             self.size = self.file.readall().rfind(b"\n") + 1  # the half line that a killed writer left is cut off
             self.file.truncate(self.size)

@@ -22,7 +22,7 @@ from cxr_dist.data.images import PIXELS_VERSION
 from cxr_dist.data.manifest import MANIFEST, Manifest
 from cxr_dist.errors import ConfigError, DataError, InputError
 from cxr_dist.experiment import absolute_uri
-from cxr_dist.scrub import has_secret, scrub
+from cxr_dist.scrub import refuse_secrets, scrub
 
 __all__ = [
     "check_dataset",
@@ -63,13 +63,7 @@ def run(config: Config) -> Manifest:
 
 def check_secrets(config: Config) -> None:
     """No config value holds a credential: the config is logged, kept in checkpoints and pickled to workers."""
-    for key, value in flatten(config).items():
-        if isinstance(value, str) and has_secret(value):
-            raise ConfigError(
-                f"{key}: found a credential in {scrub(value)}, expected none; give it in the environment "
-                "(AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, "
-                "PGPASSWORD) or by the machine's role"
-            )
+    refuse_secrets(flatten(config))
 
 
 def check_tracking(config: Config) -> None:

@@ -336,5 +336,5 @@ def retry(operation: Callable[[], T], uri: str, pause: Callable[[float], None] =
                 raise FileNotFoundError(shown(uri)) from None
             if not mentions(text, TRANSIENT) or attempt == ATTEMPTS - 1:
                 raise InputError(advice(uri, text)) from None
-            pause(min(MAX_PAUSE_S, 0.5 * 2**attempt) * random.uniform(0.5, 1.0))  # noqa: S311
+            pause(min(MAX_PAUSE_S, 0.5 * 2**attempt) * random.uniform(0.5, 1.0))  # noqa: S311 - no secret
     raise AssertionError("unreachable")

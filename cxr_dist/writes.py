@@ -5,7 +5,7 @@ import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from mlflow import MlflowClient
@@ -13,6 +13,7 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, Param, RunTag
 from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
 
 from cxr_dist import storage
+from cxr_dist.errors import DataError
 from cxr_dist.scrub import scrub, scrub_items
 
 __all__ = ["Write", "artifacts", "count", "dataset", "keep", "kept", "params", "tags"]
@@ -103,10 +104,12 @@ def keep(writes: list[Write], where: str) -> None:
 
 
 def kept(where: str, folder: Path) -> list[Write]:
-    """What `keep` kept, its files fetched into a local folder."""
+    """What `keep` kept, its files fetched into a local folder. DataError for a file that would lie outside of it: who
+    writes to the store does not write to this machine."""
     writes = []
     for number, entry in enumerate(json.loads(storage.read_bytes(storage.join(where, "writes.json")))):
         files, is_file = entry.pop("files"), entry.pop("is_file")
+        _check_files(where, entry, files)
         local = folder / str(number)
         for file in files:
             (local / file).parent.mkdir(parents=True, exist_ok=True)
@@ -115,6 +118,19 @@ def kept(where: str, folder: Path) -> list[Write]:
             entry["path"] = str(local / files[0]) if is_file else str(local)
         writes.append(Write(**entry))
     return writes
+
+
+def _check_files(where: str, entry: Mapping[str, Any], files: list[str]) -> None:
+    for file in files:
+        path = PurePosixPath(file)
+        if path.is_absolute() or ".." in path.parts or "\\" in file:
+            raise DataError(
+                f"{storage.shown(where)}: found the file name {file!r}, expected one in a folder; delete it"
+            )
+    if bool(entry["path"]) is not (entry["kind"] == "artifacts"):
+        raise DataError(
+            f"{storage.shown(where)}: found {entry['kind']} of {entry['path']!r}, no write of ours; delete it"
+        )
 
 
 def _files(folder: Path) -> list[Path]:

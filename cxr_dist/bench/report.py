@@ -177,7 +177,7 @@ def _output(*command: str) -> str | None:
     """What a command prints; None if it is not there, fails, or prints nothing."""
     if shutil.which(command[0]) is None:
         return None
-    done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30)  # noqa: S603 - one of the lists here
     return done.stdout.strip() or None if done.returncode == 0 else None
 
 

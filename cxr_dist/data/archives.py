@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 from cxr_dist import storage
 from cxr_dist.data import images
 from cxr_dist.data.release import different_copies
+from cxr_dist.data.tables import read_table
 from cxr_dist.errors import DataError
 
 INDEX = "index.parquet"
@@ -29,6 +30,13 @@ MAX_MEMBER_BYTES = 64 << 20
 """Largest member of an archive that is believed to be a radiograph."""
 MAX_HEADER_BYTES = 1 << 20
 """Longest extended header (a long name, pax records) that is read: tarfile takes each into memory whole."""
+MAX_MEMBERS = 1 << 18
+"""Most members of an archive; the whole release has 112,120 images. Each costs memory and, empty, only a few packed bytes."""
+MAX_GROWTH = 16
+"""Most that a packed archive grows by, for radiographs are compressed already (1.01 in NIH's): else a few MB are hours of
+reading, and of staging the same image again and again."""
+FREE_BYTES = 1 << 30
+"""Unpacked bytes of an archive that are not counted: small ones may grow by more."""
 MAX_PADDING_BYTES = 1 << 20
 """Most zeros behind an archive's end mark; tar rounds up to 10 KiB."""
 
@@ -70,10 +78,10 @@ def scatter(spec: ScatterSpec, path: str, file_bytes: int, wanted: pa.Table, ref
     index_uri = storage.join(folder, INDEX)
     key = json.dumps([spec.key, path, file_bytes, storage.modified_ns(storage.join(spec.release, path))])
     try:
-        index = pq.read_table(io.BytesIO(storage.read_bytes(index_uri)))
+        index = read_table(storage.read_bytes(index_uri))
         if (index.schema.metadata or {}).get(b"key") == key.encode():
             return index.replace_schema_metadata(None)
-    except FileNotFoundError:
+    except (FileNotFoundError, pa.ArrowException):  # one that cannot be read is made again
         pass
     places = dict(zip(wanted["image_id"].to_pylist(), wanted["place"].to_pylist(), strict=True))
     reasons = dict(zip(refused["image_id"].to_pylist(), refused["reason"].to_pylist(), strict=True))
@@ -117,18 +125,21 @@ def members(release: str, path: str) -> Iterator[tuple[str, bytes]]:
     """Name and bytes of every PNG in an archive, in its order; other plain files are passed over.
 
     Raises DataError for a member that leaves the folder, is a link or a device, or is absurdly large, and for an archive
-    that is cut or damaged, or has anything but zeros behind its end mark, where tarfile looks no further.
+    that is cut or damaged, unpacks to absurdly much or many, or has anything but zeros behind its end mark, where tarfile
+    looks no further.
     """
     uri = storage.join(release, path)
     where = storage.shown(uri)
     try:
         with (
             storage.open_stream(uri) as stream,
-            _unpacked(stream) as plain,
-            tarfile.open(fileobj=plain, mode="r|", tarinfo=_Member) as tar,
+            _Bounded(_unpacked(stream), FREE_BYTES + MAX_GROWTH * storage.size(uri)) as plain,
+            tarfile.open(fileobj=cast(IO[bytes], plain), mode="r|", tarinfo=_Member) as tar,
         ):
-            for member in tar:
+            for number, member in enumerate(tar, start=1):
                 _check_member(where, member)
+                if number > MAX_MEMBERS:
+                    raise EOFError(f"more than {MAX_MEMBERS} members")
                 name = member.name.rsplit("/", 1)[-1]
                 if not member.isfile() or not name.lower().endswith(".png") or name.startswith("."):
                     continue
@@ -138,7 +149,8 @@ def members(release: str, path: str) -> Iterator[tuple[str, bytes]]:
                     raise EOFError(f"{member.name} is cut")
                 yield name, data
             _check_padding(cast(IO[bytes], tar.fileobj))  # not `plain`: tarfile has read ahead of itself
-    except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+    # RecursionError: tarfile takes an extended header that follows another by calling itself
+    except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile, RecursionError) as error:
         raise DataError(f"{where}: found a broken archive ({error}); fetch it again") from None
 
 
@@ -184,6 +196,26 @@ def _unpacked(stream: pa.NativeFile) -> IO[bytes]:
     if buffered.peek(2)[:2] == b"\x1f\x8b":
         return cast(IO[bytes], gzip.GzipFile(fileobj=buffered))
     return buffered
+
+
+class _Bounded:
+    """A tar that is read from its beginning, up to so many bytes: whatever they are, images, names or nothing."""
+
+    def __init__(self, plain: IO[bytes], most: int):
+        self.plain, self.most, self.read_bytes = plain, most, 0
+
+    def read(self, size: int) -> bytes:
+        data = self.plain.read(size)
+        self.read_bytes += len(data)
+        if self.read_bytes > self.most:
+            raise EOFError(f"more than {self.most} bytes when unpacked, as of no radiographs")
+        return data
+
+    def __enter__(self) -> "_Bounded":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.plain.close()
 
 
 def merge(paths: list[str], indexes: list[pa.Table]) -> tuple[dict[str, dict], int]:

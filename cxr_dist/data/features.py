@@ -30,6 +30,7 @@ from cxr_dist.data.pages import WRITE_OPTIONS
 from cxr_dist.data.plan import EMPTY, Int64, Split
 from cxr_dist.data.rows import fixed_rows
 from cxr_dist.data.shards import ShardReader
+from cxr_dist.data.tables import read_table
 from cxr_dist.errors import DataError, InputError, RunError
 
 __all__ = [
@@ -198,7 +199,12 @@ class FeatureSet:
             raise DataError(f"{storage.shown(where)}: found no file, expected a shard of features") from None
         if hashlib.sha256(data).hexdigest() != shard.sha256:
             raise DataError(f"{storage.shown(where)}: found another SHA-256 than the index has ({shard.sha256[:12]}…)")
-        return pq.read_table(pa.BufferReader(data), use_threads=False)
+        try:
+            return read_table(pa.py_buffer(data), use_threads=False)
+        except pa.ArrowException as error:
+            raise DataError(
+                f"{storage.shown(where)}: found no shard of features ({error}); delete its folder"
+            ) from None
 
 
 def groups_per_shard(row_group: int) -> int:

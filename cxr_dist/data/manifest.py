@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 from cxr_dist import storage
 from cxr_dist.data import fields
 from cxr_dist.data.nih import LABEL_SETS, LABELS_SCHEMA, SPLITS, finding_columns, findings_matrix
+from cxr_dist.data.tables import read_table
 from cxr_dist.errors import DataError
 
 FORMAT = 1
@@ -281,7 +282,10 @@ def _read_table(uri: str, side: SideTable) -> pa.Table:
             f"{storage.shown(where)}: found a SHA-256 that is not the manifest's ({side.sha256[:12]}…); "
             f"the file was changed or cut, delete {storage.shown(where)}, then ingest again"
         )
-    table = pq.read_table(io.BytesIO(data))
+    try:
+        table = read_table(data)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{storage.shown(where)}: cannot be read ({_brief(str(error))}); ingest again") from None
     if table.num_rows != side.rows:
         raise DataError(
             f"{storage.shown(where)}: found {table.num_rows} rows, expected the manifest's {side.rows}; ingest again"

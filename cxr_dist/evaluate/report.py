@@ -50,7 +50,7 @@ def write_report(
     rows = _classification(scores, called_NK, metrics)
     report = _summary(scores, metrics, thresholds, rows)
 
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # which patients have what, by image
     _write_json(folder / "thresholds.json", thresholds)
     _write_json(folder / "classification_report.json", rows)
     (folder / "classification_report.md").write_text(_markdown(report, rows, title), encoding="utf-8")

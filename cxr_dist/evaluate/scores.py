@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from cxr_dist import storage
 from cxr_dist.data import nih, texts
+from cxr_dist.data.tables import read_table
 from cxr_dist.errors import DataError
 
 __all__ = ["FORMAT", "ScoreTable", "encoded", "from_logits", "read", "read_external", "write"]
@@ -250,7 +251,7 @@ def _read_parquet(data: bytes, name: str) -> pa.Table:
         rows = pq.read_metadata(io.BytesIO(data)).num_rows
         if rows > MAX_ROWS:
             raise DataError(f"{name}: found {rows} rows, expected at most {MAX_ROWS}; score fewer images at a time")
-        table = pq.read_table(io.BytesIO(data), page_checksum_verification=True)
+        table = read_table(data, page_checksum_verification=True)
         table.validate(full=True)
     except (pa.ArrowException, OSError, ValueError) as error:
         raise _unreadable(name, error) from None

@@ -44,10 +44,13 @@ def initial(weights: str, *, num_findings: int, seed: int) -> Initial:
         import torchvision  # a second of imports that nothing else needs
 
         try:
-            state = torchvision.models.DenseNet121_Weights.IMAGENET1K_V1.get_state_dict(check_hash=True, progress=False)
-        except OSError as error:
+            # the hash is that of the download: a file that lies in torch's cache already is not held to it
+            state = torchvision.models.DenseNet121_Weights.IMAGENET1K_V1.get_state_dict(
+                check_hash=True, progress=False, weights_only=True
+            )
+        except Exception as error:  # noqa: BLE001 - no network, another hash, or no saved tensors in torch's cache
             raise InputError(
-                f"model.weights: found no way to download torchvision's DenseNet121 weights ({error}); put the file "
+                f"model.weights: found no way to download torchvision's DenseNet121 weights ({_first_line(error)}); put the file "
                 "where this machine can read it and give its URI"
             ) from None
         return Initial(state=_adapt(state, weights, num_findings, seed), normalization=IMAGENET, origin=weights)
@@ -170,12 +173,16 @@ def read_tensors(data: bytes, name: str) -> dict:
         found = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for bytes that are not its own
         raise InputError(
-            f"{name}: cannot be read as saved tensors ({str(error).splitlines()[0]}); expected a state dict written "
+            f"{name}: cannot be read as saved tensors ({_first_line(error)}); expected a state dict written "
             "by torch.save, without pickled modules"
         ) from error
     if not isinstance(found, dict):
         raise InputError(f"{name}: found a {type(found).__name__}, expected a state dict")
     return found
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def sha256(state: StateDict) -> str:

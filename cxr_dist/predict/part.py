@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from cxr_dist import storage
+from cxr_dist.data.tables import read_table
 from cxr_dist.errors import RunError
 from cxr_dist.predict.plan import part_name
 
@@ -102,7 +103,7 @@ def read_part(out: str, number: int, plan_sha256: str, image_ids: Sequence[str],
     name = part_name(number)
     data = storage.read_bytes(storage.join(out, name))
     try:
-        table = pq.read_table(io.BytesIO(data))
+        table = read_table(data)
         facts = json.loads((table.schema.metadata or {})[_FACTS])
         if not table.schema.equals(part_schema(findings)):
             raise DamagedPartError(f"found other columns than those of {len(findings)} findings")

@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cxr_dist import storage
+from cxr_dist.data.tables import read_table
 from cxr_dist.errors import ConfigError, DataError
 from cxr_dist.predict.model import Model, Thresholds
 from cxr_dist.predict.source import Section, Source
@@ -192,7 +193,7 @@ def _check_listing(out: str, found: Plan, asked: Plan, source: Source) -> None:
         return
     where = storage.join(out, LISTING)
     try:
-        old = pq.read_table(io.BytesIO(storage.read_bytes(where)))
+        old = read_table(storage.read_bytes(where))
     except (FileNotFoundError, pa.ArrowException, OSError):
         raise DataError(
             f"{storage.shown(where)}: cannot be read, and the images at {found.source['uri']} are not those that "

@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 
 FORMAT = 2
 
+_FILE = r"\d{6}/\d{9}\.(pt|parquet)"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
@@ -210,7 +212,11 @@ class Checkpoints:
             raise InputError(
                 f"{where}: found format {found.get('format')!r}, expected {FORMAT}; use the version that wrote it"
             )
-        return [Entry(**entry) for entry in found["checkpoints"]]
+        entries = [Entry(**entry) for entry in found["checkpoints"]]
+        for file in (file for entry in entries for file in (entry.file, entry.scores) if file is not None):
+            if not re.fullmatch(_FILE, file):  # it is read, and one day deleted
+                raise InputError(f"{where}: found the file name {file!r}, expected OWNER/STEP.pt; use another run")
+        return entries
 
     def _list(self, entries: list[Entry]) -> None:
         listing = {"format": FORMAT, "checkpoints": [asdict(entry) for entry in entries]}

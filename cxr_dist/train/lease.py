@@ -199,7 +199,7 @@ class Lease:
                 lease._clear()
                 return lease
             storage.delete(lease._where)
-            pause(random.uniform(0, 2))  # noqa: S311
+            pause(random.uniform(0, 2))  # noqa: S311 - no secret
 
     def __enter__(self) -> Self:
         self._thread.start()

@@ -2,9 +2,7 @@
 
 import logging
 import resource
-import tempfile
 import time
-from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
@@ -12,7 +10,7 @@ from cxr_dist import unsent
 from cxr_dist.data.plan import Step
 from cxr_dist.data.resident import ResidentFeed
 from cxr_dist.data.stream import Stream
-from cxr_dist.journal import MetricJournal
+from cxr_dist.journal import MetricJournal, private_folder
 from cxr_dist.train.distributed import Ranks
 from cxr_dist.train.job import TrainJob
 from cxr_dist.train.progress import Progress
@@ -60,8 +58,7 @@ class Monitor:
     def __enter__(self) -> Self:
         logging.getLogger("mlflow").setLevel(logging.WARNING)
         if self.ranks.rank == 0:
-            folder = Path(tempfile.gettempdir()) / f"cxr-dist-{self.job.run_id}"
-            folder.mkdir(mode=0o700, exist_ok=True)
+            folder = private_folder(f"cxr-dist-{self.job.run_id}")
             self.journal = MetricJournal(folder / "metrics.jsonl", self.job.tracking_uri, self.job.run_id)
         return self
 

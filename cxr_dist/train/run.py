@@ -205,5 +205,5 @@ def evaluate(tracked: TrackedRun, job: TrainJob, corrupt: dict[str, str], *, las
 def local_folder(kind: str, run_name: str) -> Path:
     """Where the driver keeps reports or unsent metrics of a run: outputs/KIND/RUN in its working directory."""
     folder = Path("outputs", kind, run_name).absolute()
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     return folder

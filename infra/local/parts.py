@@ -176,7 +176,9 @@ def mlflow(directory: Path, ports: Mapping[str, int], credentials: Mapping[str, 
 def ray(directory: Path, ports: Mapping[str, int], job_env: Mapping[str, str], num_cpus: int | None) -> Part:
     """Ray head with dashboard and job server; submitted jobs inherit `job_env`, and `python` is this interpreter's."""
     temp = ray_temp(directory)
-    temp.mkdir(parents=True, exist_ok=True)
+    temp.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if temp.is_symlink() or temp.stat().st_uid != os.geteuid():
+        raise StackError(f"{temp} is another user's: use a --dir of a shorter path, in which Ray's files then lie")
     options = {
         "node-ip-address": "127.0.0.1",
         "port": ports["ray"],
@@ -253,7 +255,7 @@ def _script(name: str, package: str) -> str:
 
 def run(command: list[str]) -> None:
     """Run a preparing command to its end; StackError with its last lines if it fails."""
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)  # noqa: S603 - our own lists
     if done.returncode != 0:
         tail = "\n".join((done.stdout + done.stderr).splitlines()[-20:])
         raise StackError(f"{' '.join(command[:6])} … ended with {done.returncode}:\n{tail}")

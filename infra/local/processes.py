@@ -75,7 +75,7 @@ class Process:
 def launch(part: Part, log: Path) -> Process:
     """Start `part` in a session of its own, so that a Ctrl-C in this terminal does not reach it."""
     with open(log, "wb") as output:
-        child = subprocess.Popen(
+        child = subprocess.Popen(  # noqa: S603 - a part's own list of words, without a shell
             part.command,
             env=part.env,
             cwd=log.parent,

@@ -93,6 +93,18 @@ def test_the_logged_scores_are_every_test_row_and_give_the_logged_auroc(trained,
             assert found == pytest.approx(roc_auc_score(table.labels_NK[:, k], table.logits_NK[:, k]), abs=1e-12)
 
 
+def test_no_credential_of_the_servers_is_in_the_log_or_in_mlflow(trained, client, full_stack, tmp_path):
+    [found] = find(client, "straight")
+    mlflow.artifacts.download_artifacts(
+        run_id=found.info.run_id, dst_path=str(tmp_path), tracking_uri=full_stack.addresses["mlflow"]
+    )
+    files = {path.name: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert set(files) >= ARTIFACTS
+    shown = files | {"log": trained.logs.encode(), "run": repr(found.to_dictionary()).encode()}
+    for secret in (full_stack.credentials["s3_secret"], full_stack.credentials["postgres_password"]):
+        assert not [name for name, content in shown.items() if secret.encode() in content]
+
+
 def test_runs_from_features_are_the_run_without_and_share_what_is_whole(jobs, train, client, manifest):
     flags = f"{train} --train.epochs 2 --train.views 1 --evaluate.test false --train.features_type fp32"
     plain = run(jobs, f"{flags} --train.features off --run.name features-off")

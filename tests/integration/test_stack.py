@@ -7,6 +7,8 @@ import signal
 import socket
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -115,6 +117,24 @@ def test_every_server_listens_on_loopback_alone(stack: Stack) -> None:
                 found = member.net_connections("inet")
                 listening |= {one.laddr.ip.removeprefix("::ffff:") for one in found if one.status == "LISTEN"}
     assert listening == {"127.0.0.1"}
+
+
+def test_mlflow_answers_to_its_own_names_alone(stack: Stack) -> None:
+    """A page in a browser here may give a name of its own this address; it is not answered to under that name."""
+    address = stack.addresses["mlflow"]
+    own = address.removeprefix("http://")
+    assert [_status(address, host) for host in (own, "evil.example")] == [200, 403]
+
+
+def _status(address: str, host: str) -> int:
+    request = urllib.request.Request(
+        f"{address}/api/2.0/mlflow/experiments/search?max_results=1", headers={"Host": host}
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=30) as response:
+            return response.status
+    except urllib.error.HTTPError as error:
+        return error.code
 
 
 def test_the_password_stands_in_no_command_line_and_no_log(stack: Stack) -> None:

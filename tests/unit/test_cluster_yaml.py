@@ -50,9 +50,24 @@ def test_gpus_are_spot_and_ingest_nodes_are_labelled(cluster: dict[str, Any]) ->
 
 
 def test_every_node_reaches_the_bucket_by_its_profile_and_no_key_is_written(cluster: dict[str, Any]) -> None:
-    for kind in cluster["available_node_types"].values():
-        assert kind["node_config"]["IamInstanceProfile"] == {"Name": "cxr-dist"}
-    assert not re.search(r"AKIA|aws_secret|AWS_SECRET|password|token", FILE.read_text(), re.IGNORECASE)
+    for name, kind in cluster["available_node_types"].items():
+        role = "head" if name == cluster["head_node_type"] else "worker"  # workers start no instances
+        assert kind["node_config"]["IamInstanceProfile"] == {"Name": f"cxr-dist-{role}"}
+    assert not re.search(r"AKIA|aws_secret|password|RAY_AUTH_TOKEN|auth_token: *[^~ ]", FILE.read_text(), re.IGNORECASE)
+
+
+def test_ray_asks_for_the_token_on_every_node_and_its_dashboard_stays_on_the_heads_loopback(
+    cluster: dict[str, Any],
+) -> None:
+    assert "--env RAY_AUTH_MODE=token" in cluster["docker"]["run_options"]  # node types have no options of their own
+    assert not [kind for kind in cluster["available_node_types"].values() if "docker" in kind]
+    assert cluster["file_mounts"]["/home/ray/.ray/auth_token"] == "~/.ray/auth_token"
+    starts = [
+        line for kind in ("head", "worker") for line in cluster[f"{kind}_start_ray_commands"] if "ray start" in line
+    ]
+    assert len(starts) == 2
+    assert not [line for line in starts if "RAY_AUTH" in line]
+    assert "--dashboard-host=127.0.0.1" in starts[0]
 
 
 def test_the_image_has_the_ray_that_is_tested(cluster: dict[str, Any]) -> None:

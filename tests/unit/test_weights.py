@@ -153,6 +153,7 @@ def test_imagenet_is_torchvisions_checked_download(state: StateDict, monkeypatch
     found = initial("imagenet", num_findings=FINDINGS, seed=0)
     assert re.search(r"/densenet121-\w+\.pth$", asked["url"])
     assert asked["check_hash"] is True
+    assert asked["weights_only"] is True
     assert (found.normalization, found.origin, found.random) == (IMAGENET, "imagenet", False)
     features = {name: value for name, value in found.state.items() if name.startswith("features.")}
     assert sha256(features) == sha256({name: state[name] for name in features})
