@@ -373,7 +373,7 @@ UNKNOWN = {"name": "c", "skip_reason": "not found on PyPI"}
         ([CLEAN, FOUND], {}, 1, "a 1: PYSEC-1 CVE-1, mended in 2; not triaged"),
         ([CLEAN, FOUND], {"CVE-1": "not used here"}, 0, "a 1: PYSEC-1 CVE-1, mended in 2; not used here"),
         ([UNKNOWN, UNKNOWN], {}, 0, "not audited: PyPI could not be asked about any of 2 packages"),
-        ([CLEAN, UNKNOWN], {}, 1, "not audited: c: PyPI knows nothing of this version"),
+        ([CLEAN, UNKNOWN], {}, 0, "not audited: c: PyPI knows nothing of this version"),
     ],
 )
 def test_an_audit_says_what_it_did_not_see(
