@@ -7,7 +7,6 @@ already has of a (key, step) is asked of the server, so records may be sent agai
 and each (key, step) is still logged once.
 """
 
-import contextlib
 import errno
 import io
 import itertools
@@ -226,10 +225,14 @@ def load(content: bytes, name: str, run_id: str | None = None) -> list[dict[str,
 
 def private_folder(name: str) -> Path:
     """A folder under the system's temporary one that is this user's alone: the same one each time, or, if somebody else has
-    made one of that name, a new one."""
+    made one of that name, a new one. On a disk that takes no more it is not there, which journals do without."""
     folder = Path(tempfile.gettempdir(), name)
-    with contextlib.suppress(FileExistsError):
+    try:
         folder.mkdir(mode=0o700)
+    except FileExistsError:
+        pass
+    except OSError:
+        return folder
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
         return Path(tempfile.mkdtemp(prefix=f"{name}-"))
