@@ -27,9 +27,8 @@ test: install check  ## lint, types, known vulnerabilities, and every test
 	$(BIN)/python -m pytest
 
 drills: install  ## hurt real processes, and write what came of it to docs/reliability.md
-	rm -f outputs/drills.jsonl && mkdir -p outputs
-	CXR_DRILLS=$(CURDIR)/outputs/drills.jsonl $(BIN)/python -m pytest tests/drills -m drill
-	$(BIN)/python -m tests.drills.table outputs/drills.jsonl docs/reliability.md
+	CXR_DRILLS=$(CURDIR)/docs/drills.jsonl $(BIN)/python -m pytest tests/drills -m drill
+	$(BIN)/python -m tests.drills.table docs/drills.jsonl docs/reliability.md
 
 check: install audit  ## lint, types and known vulnerabilities only
 	$(BIN)/ruff check .

@@ -46,6 +46,7 @@ def drill(request: pytest.FixtureRequest) -> Iterator[Drill]:
             "promise": found.promise,
             "outcome": found.outcome,
             "recovery_s": found.recovery_s,
+            "date": time.strftime("%Y-%m-%d"),
         }
         with Path(where).open("a") as file:
             file.write(json.dumps(line) + "\n")

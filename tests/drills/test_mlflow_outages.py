@@ -47,7 +47,7 @@ def test_mlflow_gone_for_a_while(drill: Drill, jobs: JobSubmissionClient, server
 
 @pytest.mark.drill(
     "MLflow killed in a run, and away at its end",
-    "training unharmed; `jobs/sync.py` sends the metrics and the status later",
+    "training unharmed; `jobs/sync.py` sends metrics, report and status later",
 )
 def test_mlflow_gone_for_good(drill: Drill, jobs: JobSubmissionClient, server: Server, trained: Submitted) -> None:
     name, client = "drill-mlflow-gone", MlflowClient(server.uri)
@@ -71,4 +71,33 @@ def test_mlflow_gone_for_good(drill: Drill, jobs: JobSubmissionClient, server: S
     assert found.info.status == "FINISHED"
     assert steps_logged(client, name) == list(range(1, job.result["steps"] + 1))
     assert found.data.metrics["test/auroc_mean"] == pytest.approx(job.result["test_auroc"]["mean"])
-    drill.outcome = "exit code 0, the same weights; FINISHED and every step once after the sync"
+    assert found_report(client, name)
+    drill.outcome = "exit code 0, the same weights; after the sync FINISHED, every step once, the report there"
+
+
+@pytest.mark.long
+@pytest.mark.drill(
+    "MLflow away when a run begins",
+    "refused before it holds a worker; with `tracking.required false` unharmed, and `jobs/sync.py` tells MLflow of all of it",
+)
+def test_mlflow_away_at_the_start(drill: Drill, jobs: JobSubmissionClient, server: Server, trained: Submitted) -> None:
+    name, client = "drill-mlflow-start", MlflowClient(server.uri)
+    command = f"{TRAIN} --run.name {name} --tracking.uri {server.uri}"
+    drill.hurt()
+    server.kill()
+    refused = run(jobs, command)
+    assert refused.exit_code == 2
+    assert f"tracking.uri: no MLflow server answers at {server.uri}" in refused.logs
+    job = run(jobs, f"{command} --tracking.required false")
+    assert job.status == JobStatus.SUCCEEDED, job.logs[-6000:]
+    for key in EQUAL:
+        assert job.result[key] == trained.result[key], key
+    server.start()
+    sync = f"python jobs/sync.py --train.storage_path s3://cxr/runs --run.name {name} --tracking.uri {server.uri}"
+    synced = run(jobs, sync)
+    assert synced.status == JobStatus.SUCCEEDED, synced.logs[-4000:]
+    is_the_undisturbed_run(job, trained, client, name)
+    assert found_report(client, name)
+    [found] = find(client, name)
+    assert found.data.params["run.name"] == name
+    drill.outcome = "exit code 2; then exit code 0, and after the sync FINISHED, every step once, the report there"
