@@ -3,6 +3,7 @@
 import json
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import yaml
@@ -36,9 +37,9 @@ class Submitted:
         return json.loads(self.logs.splitlines()[-1])
 
 
-def submit(jobs: JobSubmissionClient, command: str) -> str:
-    """Submit as the README says, with the project's own runtime environment."""
-    runtime_env = yaml.safe_load((ROOT / "infra" / "runtime_env.yaml").read_text()) | {"working_dir": str(ROOT)}
+def submit(jobs: JobSubmissionClient, command: str, code: Path = ROOT) -> str:
+    """Submit as the README says, with the project's own runtime environment; `code` is the folder that travels."""
+    runtime_env = yaml.safe_load((ROOT / "infra" / "runtime_env.yaml").read_text()) | {"working_dir": str(code)}
     return jobs.submit_job(entrypoint=command, runtime_env=runtime_env)
 
 
