@@ -105,8 +105,8 @@ def table(report: dict[str, Any]) -> list[str]:
     moments = [report[name] for name in ("start", "end", "later")]
     others = sorted({kind for moment in moments for kind in moment} - set(OURS))
     rows = [
-        f"{'':34}{'memory alone, MiB':^22}{'growth, %':^16}{'RSS, MiB':^21}{'open files':^21}",
-        f"{'':34}{'start':>6}{'end':>7}{'later':>7}  {'to end':>8}{'later':>8}"
+        f"{'':47}{'memory alone, MiB':^22}{'growth, %':^16}{'RSS, MiB':^21}{'open files':^21}",
+        f"{'':47}{'start':>6}{'end':>7}{'later':>7}  {'to end':>8}{'later':>8}"
         + f"{'start':>7}{'end':>7}{'later':>7}" * 2,
     ]
     for kind in (*OURS, *others):
@@ -115,7 +115,7 @@ def table(report: dict[str, Any]) -> list[str]:
             f"{100 * (b.mb / a.mb - 1) if a.mb else 0:+8.1f}" for a, b in ((first, second), (second, third))
         )
         rows.append(
-            f"{kind} ({', '.join(f'{one.processes:g}' for one in found)})".ljust(33)
+            f"{kind} ({', '.join(f'{one.processes:g}' for one in found)})".ljust(46)
             + "".join(f"{one.mb:7.0f}" for one in found)
             + f"  {growth}"
             + "".join(f"{one.rss_mb:7.0f}" for one in found)
