@@ -30,7 +30,7 @@ DecodeOne = Callable[[bytes, int], Pixels | str]
 ISOLATED_TIMEOUT_S = 60
 
 STALE_S = 86400.0
-"""Age, by its last write, at which a task's file is of a run that was killed: a task that decodes writes all the time."""
+"""Age, by its last write, at which a task's file is of a run that was killed: one that decodes writes all the time."""
 
 ISOLATED_PROGRAM = (
     "from cxr_dist.data.images import to_grey; "

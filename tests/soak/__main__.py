@@ -4,15 +4,15 @@ Three calm moments are compared, each a median over `--window` seconds:
 
 - *start*: of the second attempt at the run, `--settle` seconds and `--settle-steps` steps after its first new one; the
   first attempt is stopped at once, for it makes the weights that all later ones only read, and holds more;
-- *end*: of the last attempt, after all faults, at the same age. Driver, ranks and decoders are new processes in both, so
-  this finds what a run carries on from attempt to attempt; the head's processes are the same ones, so there it finds all
-  that they have gathered;
+- *end*: of the last attempt, after all faults, at the same age. Driver, ranks and decoders are new processes in both,
+  so this finds what a run carries on from attempt to attempt; the head's processes are the same ones, so there it finds
+  all that they have gathered;
 - *later*: of the last attempt, at its end, at least a fifth of the whole time after it began: against *end* this finds
   what a process gathers while it lives.
 
-The memory is what a process has alone (USS), of all processes of a kind together. Of the run's own kinds (driver, ranks,
-decoders, node monitor) neither may have grown by more than 5 %, nor their open files; Ray's and the servers' are shown
-beside them, and are theirs.
+The memory is what a process has alone (USS), of all processes of a kind together. Of the run's own kinds (driver,
+ranks, decoders, node monitor) neither may have grown by more than 5 %, nor their open files (or 4 of them); Ray's and
+the servers' are shown beside them, and are theirs.
 Exit code 0 only if every promise held.
 """
 

@@ -56,7 +56,7 @@ def planned(plan: Plan, image_ids: list[str], index: int) -> tuple[int, str]:
 
 
 def account(site: Site) -> tuple[dict[str, Any], list[Check]]:
-    """Facts and promises of the site's run, which has been stopped with a checkpoint; MLflow is told first what it lacks."""
+    """Facts and promises of the site's run, which was stopped with a checkpoint; MLflow is told first what it lacks."""
     uri = site.client.tracking_uri
     synced = site.run(f"python jobs/sync.py --train.storage_path {RUNS} --run.name {RUN} --tracking.uri {uri}")["runs"][
         0
@@ -98,14 +98,14 @@ def account(site: Site) -> tuple[dict[str, Any], list[Check]]:
         Check(
             "the images trained on are the plan's",
             (progress["steps"], progress["samples_sha256"]) == (num_steps, sha256),
-            f"after {progress['steps']} steps {progress['samples_sha256'][:12]}…, planned after {num_steps} {sha256[:12]}…",
+            f"after {progress['steps']} steps {progress['samples_sha256'][:9]}…, planned after {num_steps} {sha256[:9]}…",
         ),
         Check("MLflow says KILLED", run.info.status == "KILLED", run.info.status),
         Check("one owner's checkpoints", left["checkpoint_owners"] == 1, str(left["checkpoint_owners"])),
         Check(
             "best, last and the one before it kept",
             left["checkpoints"] <= 3 and left["unlisted_checkpoint_files"] == 0,
-            f"{left['checkpoints']} checkpoints, {left['unlisted_checkpoint_files']} files that the index does not name",
+            f"{left['checkpoints']} checkpoints, {left['unlisted_checkpoint_files']} files that no index names",
         ),
         Check("one claim on the run", left["claims"] == 1, str(left["claims"])),
         Check("nothing unsent after jobs/sync.py", left["unsent"] == 0, f"{left['unsent']} files"),

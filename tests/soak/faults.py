@@ -39,7 +39,7 @@ class Recovery:
     new_step: int
     """First step seen after."""
     took_s: float
-    """From the fault to the first new step that the processes of after it logged, as far as that can be seen twice a second."""
+    """From the fault to the first new step that the processes of after it logged; looked for twice a second."""
 
 
 def kill_worker(site: Site, rng: random.Random) -> None:
@@ -86,7 +86,7 @@ def deal(rng: random.Random) -> Iterator[Fault]:
 
 
 def hurt(site: Site, fault: Fault, rng: random.Random, began: float) -> Recovery:
-    """Do it, and wait until the run has new steps; SoakError, with the fault's name, if it has none before the deadline."""
+    """Do it, and wait until the run has new steps; SoakError, with the fault's name, if none come in time."""
     site.wait(lambda: site.latest() is not None, "an answer of MLflow")
     before, living = site.latest(), site.living()
     step, at = before.step if before else 0, time.time()
@@ -108,8 +108,8 @@ def wait_for_steps(
 ) -> Latest:
     """When the run had a step beyond `after`, logged later than `since`, seconds since 1970.
 
-    Of the `gone` processes at least one must be gone, all of them if they are ranks, and others be in their place before
-    that step: for a moment steps come from ranks that are about to be ended, and later from the journals of those that were.
+    Of the `gone` processes at least one must be gone, all of them if they are ranks, and others be in their place
+    before that step: for a moment steps come from ranks that are about to be ended, later from their journals.
     """
     found, whole_since = Latest(0, 0.0), 0.0 if gone else since
 
