@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 
 export RAY_DISABLE_IMPORT_WARNING := 1
 
-.PHONY: help install demo test drills check audit format lock clean
+.PHONY: help install demo test drills soak check audit format lock clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -29,6 +29,10 @@ test: install check  ## lint, types, known vulnerabilities, and every test
 drills: install  ## hurt real processes, and write what came of it to docs/reliability.md
 	CXR_DRILLS=$(CURDIR)/docs/drills.jsonl $(BIN)/python -m pytest tests/drills -m drill
 	$(BIN)/python -m tests.drills.table docs/drills.jsonl docs/reliability.md
+
+soak: install  ## hurt one long run at random for MINUTES (30), SEED (0), and see what is lost and what grows
+	mkdir -p outputs
+	$(BIN)/python -m tests.soak --minutes $(or $(MINUTES),30) --seed $(or $(SEED),0) --json outputs/soak.json
 
 check: install audit  ## lint, types and known vulnerabilities only
 	$(BIN)/ruff check .

@@ -3,6 +3,7 @@
 import json
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import yaml
@@ -36,9 +37,10 @@ class Submitted:
         return json.loads(self.logs.splitlines()[-1])
 
 
-def submit(jobs: JobSubmissionClient, command: str, env: dict[str, str] | None = None) -> str:
-    """Submit as the README says, with the project's own runtime environment, and variables of its processes."""
-    runtime_env = yaml.safe_load((ROOT / "infra" / "runtime_env.yaml").read_text()) | {"working_dir": str(ROOT)}
+def submit(jobs: JobSubmissionClient, command: str, env: dict[str, str] | None = None, *, code: Path = ROOT) -> str:
+    """Submit as the README says, with the project's own runtime environment, and variables of its processes; `code` is the
+    folder that travels."""
+    runtime_env = yaml.safe_load((ROOT / "infra" / "runtime_env.yaml").read_text()) | {"working_dir": str(code)}
     if env:
         runtime_env["env_vars"] = env
     return jobs.submit_job(entrypoint=command, runtime_env=runtime_env)

@@ -18,7 +18,7 @@ import pyarrow as pa
 from cxr_dist.data import images, ranges
 from cxr_dist.data.plan import Plan, view_of
 from cxr_dist.data.rows import DecodeMany, Journal, Part, RowDecoder, RowSource, decode_rows
-from cxr_dist.data.suspects import DecodeOne, decode_isolated
+from cxr_dist.data.suspects import DecodeOne, decode_isolated, sweep
 from cxr_dist.data.turns import Turns
 
 __all__ = ["BlockFacts", "Decoder", "StreamSpec"]
@@ -133,6 +133,7 @@ class Decoder:
     def __init__(
         self, spec: StreamSpec, decode: DecodeMany = images.to_grey_many, isolated: DecodeOne = decode_isolated
     ):
+        sweep()
         self.spec = spec
         sources = {("train", view): source for view, source in enumerate((spec.train, *spec.train_views))}
         self.decoders = {

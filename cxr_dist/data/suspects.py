@@ -6,9 +6,11 @@ suspect, tries each alone in a child process, and marks the one that kills that 
 
 import contextlib
 import os
+import re
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from urllib.parse import quote, unquote
@@ -18,7 +20,7 @@ import numpy.typing as npt
 
 from cxr_dist.data import images
 
-__all__ = ["DecodeOne", "Journal", "decode_isolated"]
+__all__ = ["DecodeOne", "Journal", "decode_isolated", "sweep"]
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -26,6 +28,9 @@ DecodeOne = Callable[[bytes, int], Pixels | str]
 """One encoded image and a size to pixels [size, size], or why it has none."""
 
 ISOLATED_TIMEOUT_S = 60
+
+STALE_S = 86400.0
+"""Age, by its last write, at which a task's file is of a run that was killed: one that decodes writes all the time."""
 
 ISOLATED_PROGRAM = (
     "from cxr_dist.data.images import to_grey; "
@@ -82,3 +87,12 @@ class Journal:
         if self.file is not None:
             os.close(self.file)
         self.path.unlink(missing_ok=True)
+
+
+def sweep() -> None:
+    """Remove the files of this node's tasks that were killed with their run; who goes on with that run uses others."""
+    for path in Path(tempfile.gettempdir()).glob("cxr-dist-*"):
+        if re.fullmatch(r"cxr-dist-[0-9a-f]{32}-\d+", path.name):
+            with contextlib.suppress(OSError):  # another decoder's sweep was first, or it is another user's
+                if time.time() - path.lstat().st_mtime > STALE_S:
+                    path.unlink()

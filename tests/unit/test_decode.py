@@ -30,7 +30,7 @@ from cxr_dist.data.rows import (
     fixed_rows,
     row_schema,
 )
-from cxr_dist.data.suspects import Journal, decode_isolated
+from cxr_dist.data.suspects import STALE_S, Journal, decode_isolated, sweep
 from cxr_dist.errors import RunError
 from tests.releases import noise, png
 
@@ -317,6 +317,18 @@ def test_an_attempt_that_raises_leaves_no_suspects():
     with pytest.raises(ZeroDivisionError):
         rows_of(row_decoder(PNGS, decode=refuse), [0])
     assert Journal("run", 0).suspects == frozenset()
+
+
+def test_files_of_tasks_that_were_killed_long_ago_are_swept_and_nothing_else(journals):
+    token, now = "0123456789abcdef" * 2, time.time()
+    old = [f"cxr-dist-{token}-17", f"cxr-dist-{token}", "cxr-dist-other-1", f"another-{token}-1"]
+    for name in (*old, f"cxr-dist-{token}-18"):
+        (journals / name).write_text("00000001_000.png\n")
+    for name in old:
+        os.utime(journals / name, (now - STALE_S - 60,) * 2)
+    os.utime(journals / f"cxr-dist-{token}-18", (now - STALE_S + 60,) * 2)
+    sweep()
+    assert sorted(path.name for path in journals.iterdir()) == sorted([*old[1:], f"cxr-dist-{token}-18"])
 
 
 def poisoned(encoded: list[bytes], size: int) -> np.ndarray:
