@@ -10,7 +10,9 @@ pytest_plugins = ["tests.servers"]
 
 ROOT = Path(__file__).resolve().parent.parent
 
-settings.register_profile("no clock", deadline=None)  # by default an example that takes 0.2 s fails: on a busy machine any
+settings.register_profile(
+    "no clock", deadline=None
+)  # by default an example that takes 0.2 s fails: on a busy machine any
 settings.load_profile("no clock")
 
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")

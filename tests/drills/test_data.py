@@ -23,6 +23,9 @@ from tests.submitting import Submitted, find, run
 
 pytestmark = pytest.mark.slow
 
+QUICK = "--train.epochs 1 --evaluate.test false"
+"""What the damage does, it does in the first epoch."""
+
 KILLER = b"this image always kills what decodes it"
 ONCE = b"this image kills what decodes it, once"
 
@@ -117,7 +120,7 @@ def test_shard_overwritten(
     whole = storage.read_bytes(shard)
     drill.hurt()
     storage.put_atomic(shard, whole[:4000] + os.urandom(len(whole) // 2) + whole[4000 + len(whole) // 2 :])
-    command = f"{train} --data.uri s3://cxr/overwritten --run.name drill-shard --train.max_failures 0"
+    command = f"{train} --data.uri s3://cxr/overwritten --run.name drill-shard --train.max_failures 0 {QUICK}"
     job = run(jobs, command)
     storage.put_atomic(shard, whole)
     assert job.status == JobStatus.FAILED
@@ -166,7 +169,7 @@ def test_unreadable_images(
     for name in hurt:  # as long as before: what is in it is wrong
         path = release / "images" / name
         path.write_bytes(path.read_bytes()[:100] + os.urandom(path.stat().st_size - 100))
-    command = f"{train} --data.uri s3://cxr/unreadable --data.encoding png"
+    command = f"{train} --data.uri s3://cxr/unreadable --data.encoding png {QUICK}"
     job = run(jobs, f"{command} --run.name drill-fewer --data.max_corrupt 0.1")
     assert job.status == JobStatus.SUCCEEDED, job.logs[-3000:]
     assert set(corrupt_images(client, "drill-fewer", tmp_path)) == set(hurt)
@@ -205,7 +208,7 @@ def test_image_kills_its_decoder(
     (tmp_path / "site" / "sitecustomize.py").write_text(SITECUSTOMIZE)
     env = {"PYTHONPATH": str(tmp_path / "site"), "KILLED_ONCE": str(tmp_path / "killed-once")}
     drill.hurt()
-    command = f"{train} --data.uri s3://cxr/killer --data.encoding png --data.max_corrupt 0.1"
+    command = f"{train} --data.uri s3://cxr/killer --data.encoding png --data.max_corrupt 0.1 {QUICK}"
     job = run(jobs, f"{command} --run.name drill-killer", env)
     assert job.status == JobStatus.SUCCEEDED, job.logs[-4000:]
     assert (tmp_path / "killed-once").exists()
