@@ -18,7 +18,7 @@ from cxr_dist import storage
 from cxr_dist.data.manifest import Manifest
 from cxr_dist.data.synth import write_release
 from tests.drills.conftest import Drill
-from tests.drills.test_drivers import is_the_undisturbed_run, steps_logged
+from tests.drills.runs import is_the_undisturbed_run, steps_logged
 from tests.submitting import Submitted, find, run
 
 pytestmark = pytest.mark.slow
