@@ -107,8 +107,8 @@ class Resamples:
     """Images, [K, 1 + B]."""
     called: dict[str, tuple[Floats, Floats]]
     """Per rule: true and false positives at its thresholds, [K, 1 + B] each; nan for findings without a threshold."""
-    one_patient: bool = False
-    """Whether intervals were asked for, and there was one patient only: nothing to resample."""
+    no_interval: str | None = None
+    """Why there are no resamples although they were asked for."""
 
 
 def draws(num_patients: int, bootstrap: int, seed: int) -> Iterator[Floats]:
@@ -164,8 +164,8 @@ def resample(
         called[rule] = counts_SKB[2 * number], counts_SKB[2 * number + 1]
     reasons = tuple(undefined_reason(labels_NK[:, k]) for k in columns)
     positives, negatives = counts_SKB[0], counts_SKB[1]
-    one_patient = bootstrap > 0 and len(patients) == 1
-    return Resamples(table.findings, reasons, areas, precisions, positives, negatives, called, one_patient)
+    alone = "no interval: all images are of one patient" if bootstrap and len(patients) == 1 else None
+    return Resamples(table.findings, reasons, areas, precisions, positives, negatives, called, alone)
 
 
 def rates(found: Resamples, rule: str) -> dict[str, Floats]:
@@ -214,17 +214,18 @@ def discrimination(found: Resamples) -> Metrics:
     A resample in which a finding has no positive or no negative is left out of that finding's interval and of the
     mean's; if fewer than half are left, there is no interval.
     """
-    single = "no interval: all images are of one patient" if found.one_patient else None
     findings: dict[str, FindingMetrics] = {}
     for k, finding in enumerate(found.findings):
         (roc, reason), (pr, _) = with_interval(found.auroc[k]), with_interval(found.average_precision[k])
         positives, negatives = int(found.positives[k, 0]), int(found.negatives[k, 0])
-        findings[finding] = FindingMetrics(roc, pr, positives, negatives, found.reasons[k] or reason or single)
+        findings[finding] = FindingMetrics(
+            roc, pr, positives, negatives, found.reasons[k] or reason or found.no_interval
+        )
     mean_roc, reason = with_interval(mean_over_findings(found.auroc))
     mean_pr, _ = with_interval(mean_over_findings(found.average_precision))
     if mean_roc.value is None:
         reason = "no finding has both positives and negatives"
-    return Metrics(findings, mean_roc, mean_pr, reason or single)
+    return Metrics(findings, mean_roc, mean_pr, reason or found.no_interval)
 
 
 def _as_is_and_drawn(num_patients: int, bootstrap: int, seed: int) -> Iterator[Floats]:

@@ -36,6 +36,11 @@ class Metric:
     value: float | None
     interval: tuple[float, float] | None = None
 
+    def to_json(self) -> dict[str, float | None]:
+        """value, lower and upper."""
+        lower, upper = self.interval or (None, None)
+        return {"value": self.value, "lower": lower, "upper": upper}
+
 
 @dataclass(frozen=True)
 class FindingMetrics:
