@@ -85,8 +85,8 @@ def check_disjoint(scores: ScoreTable, validation: ScoreTable | None) -> None:
 
 def _points(scores: ScoreTable, validation: ScoreTable | None) -> dict[str, list[float | None]]:
     """Rule → a threshold for each finding of `scores`."""
-    check_disjoint(scores, validation)
     fitted: dict[str, Any] = {} if validation is None else {**fit(validation)}
+    check_disjoint(scores, validation)
     points: dict[str, list[float | None]] = {
         rule: [(fitted.get(finding) or {}).get(rule) for finding in scores.findings] for rule in RULES
     }
