@@ -10,17 +10,15 @@ import dataclasses
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import pyarrow as pa
 
 from cxr_dist import storage
 from cxr_dist.cli import run_job
 from cxr_dist.config import Config
-from cxr_dist.data import nih
-from cxr_dist.errors import ConfigError, DataError
-from cxr_dist.evaluate.external import read_external
+from cxr_dist.errors import ConfigError
+from cxr_dist.evaluate.loading import load, missing_from_test_list, read_labels
 from cxr_dist.evaluate.report import table, write_report
-from cxr_dist.evaluate.scores import ScoreTable, read
+from cxr_dist.evaluate.scores import ScoreTable
 from cxr_dist.evaluate.second_labels import read_second_labels
 
 
@@ -48,13 +46,13 @@ def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
         scores, validation, rows = _score(config, args.checkpoint, args.split)
         title = "/".join(storage.shown(args.checkpoint).rstrip("/").split("/")[-2:])
     else:
-        rows = release = _read_labels(config)
-        scores, dropped = _load(config, release, args.scores, args.split)
+        rows = release = read_labels(config.data)
+        scores, dropped = load(config, release, args.scores, args.split)
         if args.validation_scores:
-            validation, _ = _load(config, release, args.validation_scores, "validation")
+            validation, _ = load(config, release, args.validation_scores, "validation")
         if release is not None:
             labels = {key.decode(): value.decode() for key, value in (release.schema.metadata or {}).items()}
-        missing = _missing_from_test_list(config, release, scores) if args.split == "test" else None
+        missing = missing_from_test_list(config.data, release, scores) if args.split == "test" else None
         title = Path(args.scores).name
     report = write_report(
         args.out,
@@ -105,47 +103,6 @@ def _score(config: Config, checkpoint_uri: str, split: str) -> tuple[ScoreTable,
     if split == "validation":
         return validation, validation, rows
     return score_split(config, checkpoint_uri, split, use_gpu=use_gpu)[0], validation, rows
-
-
-def _read_labels(config: Config) -> Any:
-    if not config.data.labels:
-        return None
-    try:
-        return nih.read_labels(storage.read_bytes(config.data.labels), storage.shown(config.data.labels))
-    except FileNotFoundError:
-        raise DataError(f"data.labels: no file at {storage.shown(config.data.labels)}") from None
-
-
-def _missing_from_test_list(config: Config, labels: Any, scores: ScoreTable) -> int | None:
-    """How many images of `data.test_list` have no score, after the label set's cleaning; None without a list.
-
-    Raises DataError for scored images that are not in the list: they may be training images.
-    """
-    if not config.data.test_list:
-        return None
-    where = storage.shown(config.data.test_list)
-    listed = set(nih.read_list(storage.read_bytes(config.data.test_list), where))
-    foreign = sorted(set(scores.image_ids.tolist()) - listed)
-    if foreign:
-        raise DataError(
-            f"scores: found {len(foreign)} images that are not in the test list {where} (first {foreign[0]}), expected "
-            "only its images; they may have been trained on: leave them out, or data.test_list empty"
-        )
-    if labels is not None:
-        listed &= set(nih.clean(labels, config.data.label_set)["image_id"].to_pylist())
-    return len(listed) - len(scores)
-
-
-def _load(config: Config, labels: Any, path: str, split: str) -> tuple[ScoreTable, int]:
-    """A score table, cleaned as the label set is, and how many images that left out."""
-    if labels is None:
-        return read(path), 0
-    skipped = config.train.skip_findings
-    findings = tuple(finding for finding in nih.LABEL_SETS[config.data.label_set] if finding not in skipped)
-    scores = read_external(path, labels, findings, split=split)
-    kept = nih.clean(labels, config.data.label_set)["image_id"].to_pylist()
-    keep_N = np.isin(scores.image_ids, np.array(kept, dtype=np.str_))
-    return scores.select(keep_N), int((~keep_N).sum())
 
 
 if __name__ == "__main__":

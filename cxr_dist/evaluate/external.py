@@ -58,14 +58,16 @@ def read_external(path: str | Path, labels: pa.Table, findings: tuple[str, ...],
             f"{path}: {len(missing)} of {len(image_ids)} image ids have no label, first {', '.join(texts.shown(i) for i in missing[:3])}; "
             "expected the file names of the label CSV, such as 00000001_000.png"
         )
+    metadata = metadata_of(data)
     return ScoreTable(
         image_ids=image_ids,
         patient_ids=labels["patient_id"].to_numpy().astype(np.int64)[rows],
-        split=metadata_of(data).get("split", split),
+        split=metadata.get("split", split),
         findings=present,
         probabilities_NK=probabilities,
         logits_NK=None,
         labels_NK=nih.findings_matrix(labels)[rows][:, [nih.FINDINGS.index(finding) for finding in present]],
+        note=metadata.get("note", ""),
     )
 
 

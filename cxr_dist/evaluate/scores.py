@@ -50,6 +50,8 @@ class ScoreTable:
     """Logits as the network gave them; None for a table that came with probabilities only."""
     labels_NK: NDArray[np.bool_]
     """True where the finding is labelled present."""
+    note: str = ""
+    """What whoever reads these scores must know: that they are no probabilities, that the model has seen the images."""
 
     def __post_init__(self) -> None:
         shape = (len(self.image_ids), len(self.findings))
@@ -129,7 +131,7 @@ def encoded(table: ScoreTable) -> bytes:
             columns[f"logit_{finding}"] = pa.array(table.logits_NK[:, k], pa.float32())
         columns[f"{PREFIX}{finding}"] = pa.array(table.probabilities_NK[:, k], pa.float64())
         columns[f"label_{finding}"] = pa.array(table.labels_NK[:, k], pa.bool_())
-    metadata = {"format": FORMAT, "split": table.split}
+    metadata = {"format": FORMAT, "split": table.split} | ({"note": table.note} if table.note else {})
     buffer = io.BytesIO()
     pq.write_table(
         pa.table(columns, schema=_schema(table.findings, table.logits_NK is not None)).replace_schema_metadata(
@@ -175,6 +177,7 @@ def read(path: str | Path) -> ScoreTable:
         probabilities_NK=stack(PREFIX, np.float64),
         logits_NK=stack("logit_", np.float32) if has_logits else None,
         labels_NK=stack("label_", np.bool_),
+        note=metadata.get("note", ""),
     )
 
 
@@ -202,7 +205,9 @@ def metadata_of(data: bytes) -> dict[str, str]:
         return {}
     try:
         found = pq.read_schema(io.BytesIO(data)).metadata or {}
-        metadata = {key.decode(): value.decode() for key, value in found.items() if key in (b"format", b"split")}
+        metadata = {
+            key.decode(): value.decode() for key, value in found.items() if key in (b"format", b"split", b"note")
+        }
     except (pa.ArrowException, OSError, ValueError):
         return {}
     return metadata if metadata.get("format", "").startswith("cxr-dist/") else {}

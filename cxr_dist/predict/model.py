@@ -26,7 +26,7 @@ from cxr_dist.evaluate.thresholds import DEFAULT_THRESHOLD, fit
 from cxr_dist.scrub import scrub
 from cxr_dist.train.checkpoint import FORMAT, Checkpoints, find_checkpoint, load_checkpoint
 
-__all__ = ["Model", "Thresholds", "find_model", "pack", "thresholds_of"]
+__all__ = ["Model", "Thresholds", "find_model", "pack", "registered_version", "thresholds_of"]
 
 FOLDERS = ("", "checkpoint")
 """Where among a version's artifacts a run's folder in small may lie."""
@@ -163,7 +163,7 @@ def _from_mlflow(asked: str, tracking_uri: str, folder: str) -> tuple[str, str]:
     client = MlflowClient(tracking_uri)
     try:
         if asked.startswith("models:/"):
-            version = _version(client, asked)
+            version = registered_version(client, asked)
             name, run_id = f"{version.name}/{version.version}", version.run_id
             artifacts = client.get_model_version_download_uri(version.name, version.version)
         else:
@@ -189,7 +189,7 @@ def _from_mlflow(asked: str, tracking_uri: str, folder: str) -> tuple[str, str]:
     )
 
 
-def _version(client: Any, asked: str) -> Any:
+def registered_version(client: Any, asked: str) -> Any:
     """The registered version; InputError for a name that is none."""
     found = re.fullmatch(r"models:/([^/@]+)(?:/(\d+)|@([^/@]+))", asked)
     if found is None:
