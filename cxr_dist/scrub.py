@@ -65,9 +65,11 @@ def refuse_secrets(values: Mapping[str, object]) -> None:
     """ConfigError, with its key, for a value that holds a credential: values are logged, kept with runs, sent to workers
     and, of a command line, shown to every user of the machine and of Ray's dashboard."""
     for key, value in values.items():
-        if isinstance(value, str) and has_secret(value):
+        for text in value if isinstance(value, list) else [value]:
+            if not isinstance(text, str) or not (has_secret(text) or has_secret(text.partition("=")[2])):  # NAME=URI
+                continue
             raise ConfigError(
-                f"{key}: found a credential in {scrub(value)}, expected none; give it in the environment "
+                f"{key}: found a credential in {scrub(text)}, expected none; give it in the environment "
                 "(AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, "
                 "PGPASSWORD) or by the machine's role"
             )

@@ -1,6 +1,7 @@
 """Judge a model: scores in, report out (AUROC with intervals, thresholds from validation, figures, tables).
 
 python jobs/evaluate.py --checkpoint s3://bucket/runs/NAME --config jobs/configs/nih8.yaml --data.uri s3://bucket/nih8
+python jobs/evaluate.py --xrv densenet121-res224-nih --xrv-weights xrv-nih.pt --data.uri s3://bucket/nih8
 python jobs/evaluate.py --scores preds.csv --data.labels Data_Entry_2017_v2020.csv.gz \\
   --validation-scores validation.csv --evaluate.second_labels google2019_nih-chest-xray-labels.csv.gz
 """
@@ -28,16 +29,25 @@ def add_flags(parser: Any) -> None:
     parser.add_argument("--scores", type=optional, help="score table to judge, Parquet or CSV (.gz), of any model")
     parser.add_argument("--validation-scores", type=optional, help="score table that thresholds are chosen on")
     parser.add_argument("--checkpoint", type=optional, help="URI of a run's checkpoint to score and judge")
+    parser.add_argument(
+        "--xrv", type=optional, help="TorchXRayVision model to score and judge: densenet121-res224-nih, …"
+    )
+    parser.add_argument("--xrv-weights", type=optional, help="URI of its state dict (infra/xrv_state_dict.py makes it)")
     parser.add_argument("--split", type=Literal["validation", "test"], default="test", help="images that are judged")
     parser.add_argument("--out", type=str, default="outputs/evaluate", help="directory of the report")
 
 
 def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     """Score or read, report, and return the report's numbers."""
-    if bool(args.scores) == bool(args.checkpoint):
-        raise ConfigError("evaluate: found neither or both of --scores and --checkpoint, expected one of them")
-    if args.checkpoint and args.validation_scores:
+    if sum(map(bool, (args.scores, args.checkpoint, args.xrv))) != 1:
+        raise ConfigError("evaluate: found none or several of --scores, --checkpoint and --xrv, expected one of them")
+    if args.validation_scores and not args.scores:
         raise ConfigError("evaluate: --validation-scores goes with --scores; a checkpoint scores validation itself")
+    if bool(args.xrv) != bool(args.xrv_weights):
+        raise ConfigError(
+            "evaluate: found one of --xrv and --xrv-weights, expected both: the library's own files are pickled code, of "
+            "which infra/xrv_state_dict.py makes a state dict"
+        )
     second = read_second_labels(config.evaluate.second_labels) if config.evaluate.second_labels else None
     dropped, missing = 0, None
     labels: dict[str, str] = {}
@@ -45,6 +55,10 @@ def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     if args.checkpoint:
         scores, validation, rows = _score(config, args.checkpoint, args.split)
         title = "/".join(storage.shown(args.checkpoint).rstrip("/").split("/")[-2:])
+    elif args.xrv:
+        scores, validation, rows = _score_xrv(config, args.xrv, args.xrv_weights, args.split)
+        title = f"TorchXRayVision {args.xrv}"
+        print(f"note: {scores.note}")
     else:
         rows = release = read_labels(config.data)
         scores, dropped = load(config, release, args.scores, args.split)
@@ -103,6 +117,29 @@ def _score(config: Config, checkpoint_uri: str, split: str) -> tuple[ScoreTable,
     if split == "validation":
         return validation, validation, rows
     return score_split(config, checkpoint_uri, split, use_gpu=use_gpu)[0], validation, rows
+
+
+def _score_xrv(config: Config, name: str, weights: str, split: str) -> tuple[ScoreTable, ScoreTable, pa.Table]:
+    """The scores of a split and of validation by one of TorchXRayVision's models, and the split's rows."""
+    if not config.data.uri:
+        raise ConfigError("data.uri: found nothing, expected the URI that jobs/ingest.py wrote the dataset to")
+    import ray  # as in `_score`
+
+    from cxr_dist import cluster
+    from cxr_dist.capacity import wants_gpu
+    from cxr_dist.data.manifest import Manifest
+    from cxr_dist.evaluate.xrv import score_xrv
+
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, uri=storage.absolute(config.data.uri)))
+    weights = storage.absolute(weights)
+    rows = Manifest.load(config.data.uri).rows(split)
+    cluster.connect(2)
+    cluster.check_visible({"data.uri": config.data.uri, "--xrv-weights": weights})
+    use_gpu = wants_gpu(config, ray.cluster_resources())
+    validation, _ = score_xrv(config, name, weights, "validation", use_gpu=use_gpu)
+    if split == "validation":
+        return validation, validation, rows
+    return score_xrv(config, name, weights, split, use_gpu=use_gpu)[0], validation, rows
 
 
 if __name__ == "__main__":

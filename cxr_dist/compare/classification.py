@@ -91,11 +91,11 @@ def classify(scores: ScoreTable, thresholds: Mapping[str, float]) -> dict[str, R
     samples average, so that it cannot reach 1 where there are such images.
     """
     called_NK = scores.probabilities_NK >= np.array([thresholds[finding] for finding in scores.findings])
-    present = scores.labels_NK.any(axis=0)
+    present = np.asarray(scores.labels_NK.any(axis=0))
     nothing = Row(precision=None, recall=None, f1=None, support=0)
     rows: dict[str, Row] = {}
     truth_NK, called_NK = scores.labels_NK[:, present], called_NK[:, present]
-    hits, calls, support = ((array).sum(axis=0) for array in (truth_NK & called_NK, called_NK, truth_NK))
+    hits, calls, support = (array.sum(axis=0) for array in (truth_NK & called_NK, called_NK, truth_NK))
     per = [_row(*counts) for counts in zip(hits.tolist(), calls.tolist(), support.tolist(), strict=True)]
     found = iter(per)
     for finding, there in zip(scores.findings, present.tolist(), strict=True):
@@ -125,6 +125,6 @@ def _average(values: NDArray[np.float64], support: int) -> Row:
 
 def _per_image(truth_NK: Bools, called_NK: Bools) -> NDArray[np.float64]:
     """Precision, recall and F1 of each image's calls, [N, 3]; 0 for 0 / 0."""
-    hits, calls, support = ((array).sum(axis=1) for array in (truth_NK & called_NK, called_NK, truth_NK))
+    hits, calls, support = (array.sum(axis=1) for array in (truth_NK & called_NK, called_NK, truth_NK))
     pairs = ((hits, calls), (hits, support), (2 * hits, calls + support))
     return np.stack([part / np.maximum(whole, 1) for part, whole in pairs], axis=1)

@@ -20,6 +20,8 @@ MODEL_COLOURS = ("#0072b2", "#d55e00", "#007a5a", "#882255", "#b87a00", "#332288
 """Of the models in the order given; all at least 3:1 against white, and neighbours apart for the colour-blind."""
 _DASHES: tuple[Any, ...] = ("solid", (0, (5, 1.2)), (0, (1.2, 1.2)), (0, (5, 1.2, 1.2, 1.2)))
 _POINTS = 600
+_NUMBERED = 5
+"""Most models whose AUROCs have room in a panel."""
 _LEGEND_COLUMNS = 2
 _LINE = 0.2
 """Height of a line of the legend, inches."""
@@ -36,7 +38,7 @@ def roc_figure(entries: Sequence[Entry], result: Mapping[str, Any]) -> Figure:
     figure, cells = grid(
         len(findings),
         title=f"ROC curves of {len(entries)} models, {result['split']} split, {result['n_images']:,} images",
-        key=[*_room(len(entries)), "Dashed grey: chance.  Numbers: AUROC."],
+        key=[*_room(len(entries)), "Dashed grey: chance." + ("  Numbers: AUROC." if len(entries) <= _NUMBERED else "")],
         x_label="False positive rate (1 − specificity)",
         y_label="True positive rate (sensitivity)",
     )
@@ -53,8 +55,9 @@ def roc_figure(entries: Sequence[Entry], result: Mapping[str, Any]) -> Figure:
             k = one.scores.findings.index(finding)
             curve = thin(roc_curve(one.scores.probabilities_NK[:, k], one.scores.labels_NK[:, k]), _POINTS)
             style: Any = {"color": model_colour(number), "linestyle": _dash(number)}
-            cell.plot(curve.x, curve.y, linewidth=1.5, zorder=2 + len(entries) - number, **style)
-            _auroc(cell, found["auroc"]["value"], len(entries) - 1 - number, style)
+            cell.plot(curve.x, curve.y, linewidth=1.5 if number else 2.2, zorder=2 + number, **style)
+            if len(entries) <= _NUMBERED:
+                _auroc(cell, found["auroc"]["value"], len(entries) - 1 - number, style)
             drawn += 1
         if not drawn:
             blank(cell, next(one[finding]["reason"] for one in result["discrimination"].values() if finding in one))

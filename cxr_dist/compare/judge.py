@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+import pandas as pd
 
 from cxr_dist.compare.classification import CHOSEN_HERE, Thresholds, classify, half, own, swept
 from cxr_dist.data.texts import shown
@@ -60,8 +60,9 @@ def common_images(entries: Sequence[Entry], *, common: bool) -> list[Entry]:
         )
     if not everywhere:
         raise DataError("images: found none that all models have scored, expected the same images in all tables")
-    ids = [image_id for image_id in first.tolist() if image_id in everywhere]
-    return [replace(one, scores=one.scores.select(_rows_of(one.scores, ids))) for one in entries]
+    ids = pd.Index([image_id for image_id in first.tolist() if image_id in everywhere])
+    at = [pd.Index(one.scores.image_ids.tolist()).get_indexer(ids) for one in entries]
+    return [replace(one, scores=one.scores.select(rows)) for one, rows in zip(entries, at, strict=True)]
 
 
 def judge(
@@ -139,11 +140,6 @@ def _check(entries: Sequence[Entry], reference: str, rule: str) -> None:
             check_disjoint(one.scores, one.validation)
         except DataError as error:
             raise DataError(f"{one.name}: {error}") from None
-
-
-def _rows_of(table: ScoreTable, ids: list[str]) -> NDArray[np.int64]:
-    at = {image_id: row for row, image_id in enumerate(table.image_ids.tolist())}
-    return np.array([at[image_id] for image_id in ids], np.int64)
 
 
 def _findings(base: Entry, entries: Sequence[Entry]) -> tuple[str, ...]:
@@ -233,10 +229,12 @@ def _classification(entries: Sequence[Entry], shared: tuple[str, ...], rule: str
 
 def _cautions(result: dict[str, Any], entries: Sequence[Entry]) -> list[str]:
     """What a reader of the figures must know first."""
+    names = [one.name for one in entries]
     found = [f"{one.name}: {one.scores.note}" for one in entries if one.scores.note]
     for name, model in result["models"].items():
-        if model["same_scores_as"]:
-            found.append(f"{name} has the very scores of {', '.join(model['same_scores_as'])}")
+        before = [other for other in model["same_scores_as"] if names.index(other) < names.index(name)]
+        if before:
+            found.append(f"{name} has the very scores of {before[0]}")
         if model["lacks"]:
             found.append(
                 f"{name} does not score {', '.join(model['lacks'])}: in no mean, average or difference with it"

@@ -52,6 +52,8 @@ def compare_models(
     metadata = {} if labels is None else labels.schema.metadata or {}
     result["labels"] = {key.decode(): value.decode() for key, value in metadata.items()}
     result["command"] = scrub(command)
+    if split == "test" and not config.data.test_list:
+        result["cautions"].append("the images were not held to the official test list (data.test_list)")
     folder = Path(out)
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     pictures = {

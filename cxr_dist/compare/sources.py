@@ -63,7 +63,10 @@ def read_entries(config: Config, asked: Sequence[str], validation: Sequence[str]
                 f"{name}: found scores of split {found.scores.split}, expected {split}; give --split or other scores"
             )
         if split == "test":
-            missing_from_test_list(config.data, labels, found.scores)
+            try:
+                missing_from_test_list(config.data, labels, found.scores)
+            except DataError as error:
+                raise DataError(f"{name}: {error}") from None
         if name in fitted:
             found = replace(found, validation=load(config, labels, fitted[name], "validation")[0])
         entries.append(

@@ -30,12 +30,15 @@ from cxr_dist.model.network import Network
 from cxr_dist.preflight import check_pixels
 from cxr_dist.train.checkpoint import load_checkpoint
 
-__all__ = ["DecodeGroups", "Scorer", "pipeline", "score_split", "scorers"]
+__all__ = ["DecodeGroups", "Scorer", "pipeline", "pixels_of", "score_split", "score_with", "scorers", "with_outputs"]
 
 log = logging.getLogger(__name__)
 
 Decode = Callable[[dict[str, Any]], Iterator[pa.Table]]
 """{"item": [task number]} to the decoded rows of the task."""
+
+ToTable = Callable[[pa.Table, str, tuple[str, ...], npt.NDArray[np.float32], npt.NDArray[np.bool_]], ScoreTable]
+"""The manifest's rows, split, findings, what the network gave and the labels to a score table."""
 
 TASK_IMAGES = 256
 
@@ -55,9 +58,36 @@ def score_split(
     manifest = Manifest.load(config.data.uri)
     checkpoint = load_checkpoint(checkpoint_uri)
     check_fits(manifest, checkpoint, split)
+    return score_with(
+        Scorer,
+        (checkpoint_uri, config.train.threads_per_worker),
+        config,
+        manifest,
+        split,
+        tuple(checkpoint["findings"]),
+        use_gpu=use_gpu,
+        max_images=max_images,
+    )
+
+
+def score_with(
+    score: type,
+    arguments: tuple[Any, ...],
+    config: Config,
+    manifest: Manifest,
+    split: str,
+    findings: tuple[str, ...],
+    *,
+    use_gpu: bool,
+    max_images: int | None = None,
+    to_table: ToTable = from_logits,
+) -> tuple[ScoreTable, dict[str, str]]:
+    """Scores of a split by actors of `score`, of which `Scorer` is one, as `score_split` gives them.
+
+    `to_table` makes the table out of the manifest's rows of the readable images and what the actors gave for them.
+    """
     rows = manifest.rows(split)
     num_rows = rows.num_rows if max_images is None else min(max_images, rows.num_rows)
-    findings = tuple(checkpoint["findings"])
     decode = DecodeGroups(
         RowDecoder(
             source=ShardReader.from_manifest(manifest, split, config.data),
@@ -73,14 +103,14 @@ def score_split(
     blocks = pipeline(
         decode,
         range(decode.num_tasks),
-        Scorer,
-        (checkpoint_uri, config.train.threads_per_worker),
+        score,
+        arguments,
         rows_per_task=decode.groups_per_task * manifest.row_group,
         num_scorers=scorers(config, use_gpu=use_gpu),
         use_gpu=use_gpu,
     )
     parts = list(blocks.iter_batches(batch_size=None, batch_format="pyarrow"))
-    return _checked(pa.concat_tables(parts), rows, split, findings, num_rows, config.data.max_corrupt)
+    return _checked(pa.concat_tables(parts), rows, split, findings, num_rows, config.data.max_corrupt, to_table)
 
 
 def pipeline(
@@ -163,7 +193,13 @@ def check_fits(manifest: Manifest, checkpoint: dict[str, Any], split: str) -> No
 
 
 def _checked(
-    scored: pa.Table, rows: pa.Table, split: str, findings: tuple[str, ...], num_rows: int, max_corrupt: float
+    scored: pa.Table,
+    rows: pa.Table,
+    split: str,
+    findings: tuple[str, ...],
+    num_rows: int,
+    max_corrupt: float,
+    to_table: ToTable = from_logits,
 ) -> tuple[ScoreTable, dict[str, str]]:
     scored = scored.filter(pa.compute.not_equal(scored["state"], PADDING)).sort_by("row")
     found = scored["row"].to_numpy()
@@ -186,7 +222,7 @@ def _checked(
     scored = scored.filter(pa.compute.equal(scored["state"], OK)).combine_chunks()
     logits = fixed_rows(scored["logits"], np.dtype("<f4")).copy()
     labels = fixed_rows(scored["labels"], np.uint8) == 1
-    return from_logits(rows.take(scored["row"]), split, findings, logits, labels), corrupt
+    return to_table(rows.take(scored["row"]), split, findings, logits, labels), corrupt
 
 
 @dataclass(frozen=True)
@@ -225,16 +261,24 @@ class Scorer:
 
     def logits(self, table: pa.Table) -> npt.NDArray[np.float32]:
         """float32 [rows, findings]; an image's logits do not depend on its neighbours."""
-        size = math.isqrt(table.schema.field("image").type.byte_width)
-        pixels = fixed_rows(table["image"], np.uint8).reshape(len(table), size, size)
-        return np.ascontiguousarray(self.network.score(pixels), dtype="<f4")
+        return np.ascontiguousarray(self.network.score(pixels_of(table)), dtype="<f4")
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        logits = self.logits(table)
-        column = pa.FixedSizeBinaryArray.from_buffers(
-            pa.binary(4 * logits.shape[1]), len(logits), [None, pa.py_buffer(logits)]
-        )
-        return table.drop_columns(["image", "draws"]).append_column("logits", column)
+        return with_outputs(table, self.logits(table))
+
+
+def pixels_of(table: pa.Table) -> npt.NDArray[np.uint8]:
+    """Grey levels of decoded rows, [rows, size, size]."""
+    size = math.isqrt(table.schema.field("image").type.byte_width)
+    return fixed_rows(table["image"], np.uint8).reshape(len(table), size, size)
+
+
+def with_outputs(table: pa.Table, outputs_NK: npt.NDArray[np.float32]) -> pa.Table:
+    """Decoded rows with what a network gave for them in place of their pixels."""
+    column = pa.FixedSizeBinaryArray.from_buffers(
+        pa.binary(4 * outputs_NK.shape[1]), len(outputs_NK), [None, pa.py_buffer(outputs_NK)]
+    )
+    return table.drop_columns(["image", "draws"]).append_column("logits", column)
 
 
 def load_network(checkpoint_uri: str, device: torch.device) -> Network:
