@@ -3,7 +3,7 @@
     scores.parquet, preds.csv       a table of ours, or any model's with `data.labels`
     a folder                        of a run (scores/test.parquet) or of a report (scores.parquet)
     runs:/ID, models:/NAME/VERSION  the score tables that MLflow keeps with the run, else those in the run's folder
-    RUN/checkpoints/OWNER/STEP.pt   scored now, on `data.uri`; so is a run's folder that has no scores of the split
+    RUN/checkpoints/OWNER/STEP.pt   scored now, on `data.uri`; so is any of the others that has no scores of the split
 
 A run brings its validation scores along. NAME=URI says what a model is called.
 """
@@ -24,7 +24,7 @@ from cxr_dist.data.texts import shown
 from cxr_dist.errors import ConfigError, DataError, InputError
 from cxr_dist.evaluate.loading import load, missing_from_test_list, read_labels
 from cxr_dist.evaluate.scores import ScoreTable, read
-from cxr_dist.predict.model import registered_version
+from cxr_dist.predict.model import find_model, registered_version
 from cxr_dist.scrub import scrub
 
 __all__ = ["named", "read_entries"]
@@ -157,7 +157,7 @@ def _stored(config: Config, labels: pa.Table | None, folder: str, split: str, na
 
 
 def _from_mlflow(config: Config, labels: pa.Table | None, asked: str, split: str) -> _Found:
-    """The tables of a run or of the run that a version was registered from."""
+    """The tables of a run or of the run that a version was registered from; else its checkpoint, scored now."""
     from mlflow import MlflowClient  # seconds that a file does not take
     from mlflow.exceptions import MlflowException
 
@@ -167,31 +167,29 @@ def _from_mlflow(config: Config, labels: pa.Table | None, asked: str, split: str
             f"tracking.uri: found no file {database}, expected MLflow's database that has {asked}; give its URI"
         )
     client = MlflowClient(config.tracking.uri)
+    found, origin = None, asked
     try:
         run_id = asked.removeprefix("runs:/").partition("/")[0]
         if asked.startswith("models:/"):
             run_id = registered_version(client, asked).run_id
-        if not run_id:
-            raise InputError(f"model {asked}: found no run that it was registered from; give a score table of it")
-        run = client.get_run(run_id)
-        with tempfile.TemporaryDirectory() as folder:
-            _download(client, run_id, folder)
-            found = _stored(config, labels, folder, split, REPORTED)
+        if run_id:
+            run = client.get_run(run_id)
+            origin = f"{asked}, run {run.info.run_name or run_id} ({run_id})"
+            with tempfile.TemporaryDirectory() as folder:
+                _download(client, run_id, folder)
+                found = _stored(config, labels, folder, split, REPORTED)
+            tagged = run.data.tags.get("run_folder")
+            if found is None and tagged:
+                found = _stored(config, labels, tagged, split, STORED)
     except MlflowException as error:
         raise InputError(
-            f"model {asked}: MLflow at {scrub(config.tracking.uri)} does not give it ({scrub(' '.join(str(error).split()))[:300]}); "
-            "check name, version and tracking.uri"
+            f"model {asked}: MLflow at {scrub(config.tracking.uri)} does not give it "
+            f"({scrub(' '.join(str(error).split()))[:300]}); check name, version and tracking.uri"
         ) from None
-    origin = f"{asked}, run {run.info.run_name or run_id} ({run_id})"
-    if found is not None:
-        return replace(found, origin=origin)
-    tagged = run.data.tags.get("run_folder")
-    if not tagged:
-        raise InputError(
-            f"model {asked}: found no scores of split {split} among the run's artifacts and no tag run_folder; give a score table"
-        )
-    found = _found(config, labels, tagged, split)
-    return replace(found, origin=f"{origin}: {found.origin or storage.shown(tagged)}")
+    if found is None:
+        with find_model(asked, config.tracking.uri) as model:
+            found = _scored(config, model.uri, split)
+    return replace(found, origin=origin)
 
 
 def _download(client: Any, run_id: str, folder: str) -> None:
@@ -221,5 +219,6 @@ def _scored(config: Config, uri: str, split: str) -> _Found:
         checkpoints.read_scores(entry)  # checked against its SHA-256
         validation = read(storage.join(checkpoints.folder, entry.scores))
     cluster.connect(2)
+    cluster.check_visible({"data.uri": config.data.uri, "the checkpoint": uri})
     scores, _ = score_split(config, uri, split, use_gpu=wants_gpu(config, ray.cluster_resources()))
     return _Found(scores=scores, validation=validation, origin=f"{storage.shown(checkpoints.uri(entry))}, scored now")

@@ -287,7 +287,7 @@ def test_runs_and_registered_models_by_what_mlflow_keeps_of_them(tmp_path: Path)
         entries[2].scores.probabilities_NK, read(tmp_path / "run/scores/test.parquet").probabilities_NK
     )
     for wrong, sentence in (
-        (f"runs:/{nothing}", "no scores of split test among the run's artifacts and no tag run_folder"),
+        (f"runs:/{nothing}", "found no checkpoint, neither"),
         ("runs:/0123456789abcdef0123456789abcdef", "does not give it"),
         ("models:/cxr/7", "does not give it"),
         ("models:/cxr", "expected models:/NAME/VERSION"),
