@@ -119,11 +119,11 @@ def _values(e: Mapping[str, Any]) -> list[float]:
     return [v["value"] if v["lower"] is None else v["lower"] for v in shown if v and v["value"] is not None]
 
 
-def _cards(e: Mapping[str, Any], youden: Mapping[str, Any] | None) -> list[dict[str, str]]:
+def _cards(e: Mapping[str, Any], youden: Mapping[str, Any] | None) -> list[dict[str, Any]]:
     mean = e["discrimination"]["mean"]
     cards = [
         _card("Mean AUROC", mean["auroc"]),
-        _card("Mean average precision", mean["average_precision"]),
+        _card("Mean AP", mean["average_precision"]),
     ]
     if youden:
         cards.append(_card("Mean sensitivity", youden["mean"]["sensitivity"], youden["label"]))
@@ -131,15 +131,15 @@ def _cards(e: Mapping[str, Any], youden: Mapping[str, Any] | None) -> list[dict[
     kinds = (e["calibration"] or {}).get("kinds", {})
     if "calibrated" in kinds:
         ece = {"value": kinds["calibrated"]["mean"]["ece"], "lower": None, "upper": None}
-        cards.append(_card("Mean calibration error", ece, "after calibration"))
+        cards.append(_card("Mean ECE", ece, "after calibration"))
     return cards
 
 
-def _card(name: str, value: Mapping[str, Any], more: str = "") -> dict[str, str]:
+def _card(name: str, value: Mapping[str, Any], more: str = "") -> dict[str, Any]:
     if value["value"] is None:
-        return {"name": name, "shown": "–", "more": "undefined"}
+        return {"name": name, "shown": "–", "more": ["undefined"]}
     span = "" if value["lower"] is None else f"{value['lower']:.3f}–{value['upper']:.3f}"
-    return {"name": name, "shown": f"{value['value']:.3f}", "more": ", ".join(filter(None, (span, more)))}
+    return {"name": name, "shown": f"{value['value']:.3f}", "more": list(filter(None, (span, more)))}
 
 
 def _cautions(e: Mapping[str, Any], run: RunRecord | None) -> list[str]:
@@ -165,9 +165,9 @@ def _cautions(e: Mapping[str, Any], run: RunRecord | None) -> list[str]:
             + (f"; this was number {run.test_evaluation}." if run.test_evaluation else ".")
         )
     if run.unreadable:
-        out.append(f"{run.unreadable:,} images could not be read; they are in no number here.")
+        out.append(f"Images that could not be read, and are in no number here: {run.unreadable:,}.")
     if run.audit and run.audit["patients_shared"]:
-        out.append(f"{run.audit['patients_shared']:,} patients are in more than one split.")
+        out.append(f"Patients in more than one split: {run.audit['patients_shared']:,}.")
     return out
 
 

@@ -79,7 +79,8 @@ def _draw(folder: Path, evaluation: Mapping[str, Any], run: RunRecord | None, ti
     if evaluation.get("calibration"):
         figures["reliability"] = reliability_figure(evaluation["calibration"], findings, title=title)
     if evaluation.get("decision_curves"):
-        figures["decision_curves"] = decision_figure(evaluation["decision_curves"], findings, title=title)
+        curves = {f: {"reason": evaluation["discrimination"][f]["reason"]} for f in findings}
+        figures["decision_curves"] = decision_figure(curves | evaluation["decision_curves"], findings, title=title)
     if evaluation.get("subgroups"):
         groups, overall = evaluation["subgroups"], evaluation["discrimination"]
         figures["subgroups"] = subgroup_figure(groups, overall, findings, title=title)

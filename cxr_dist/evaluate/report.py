@@ -5,6 +5,7 @@ validation table only.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,11 @@ from numpy.typing import NDArray
 from sklearn.metrics import classification_report
 
 from cxr_dist.errors import DataError
-from cxr_dist.evaluate import figures
+from cxr_dist.evaluate.figures import pr_figure, roc_figure
 from cxr_dist.evaluate.metrics import Metric, Metrics, measure, pr_curve, roc_curve, thin
+from cxr_dist.evaluate.page import FIGURES, Illustrate, write_page
+from cxr_dist.evaluate.plots.panels import save
+from cxr_dist.evaluate.runrecord import RunRecord
 from cxr_dist.evaluate.scores import ScoreTable, write
 from cxr_dist.evaluate.thresholds import DEFAULT_THRESHOLD, fit
 
@@ -33,12 +37,17 @@ def write_report(
     bootstrap: int = 1000,
     seed: int = 0,
     title: str = "Scores",
+    run: RunRecord | None = None,
+    illustrate: Illustrate | None = None,
+    commands: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Write the report of `scores` into a directory and return its numbers as plain JSON types, None where undefined.
 
-    Files: roc_curves.png, pr_curves.png; auroc.csv; classification_report.json and .md at the thresholds of Youden's J
-    on `validation` (0.5 without one); thresholds.json; curves.csv, each curve thinned to at most 2,000 points that
-    keep its ends and its shape; scores.parquet, and validation_scores.parquet if given.
+    Files: report.html, everything on one page; figures, each as PNG and SVG; auroc.csv; classification_report.json and
+    .md at the thresholds of Youden's J on `validation` (0.5 without one); thresholds.json; curves.csv, each curve
+    thinned to at most 2,000 points that keep its ends and its shape; scores.parquet, and validation_scores.parquet if
+    given; run_record.json if the `run` that the scores came from is given. `illustrate` gives the worst errors their
+    pictures, `commands` make a report without a run again.
 
     Raises DataError if `validation` is of another split than validation, or shares images with a `scores` that is not
     that split itself.
@@ -58,11 +67,25 @@ def write_report(
     tables = [scores] if validation is None or validation.split == scores.split else [validation, scores]
     pd.concat([_curve_frame(one) for one in tables]).to_csv(folder / "curves.csv", index=False, float_format="%.7g")
     roc_points, pr_points = _operating_points(scores, called_NK, thresholds, metrics)
-    figures.plot_roc(folder / "roc_curves.png", scores, metrics, roc_points, title=title)
-    figures.plot_pr(folder / "pr_curves.png", scores, metrics, pr_points, title=title)
+    evaluation = _evaluation(scores, metrics, bootstrap, seed)
+    drawn = {
+        "roc_curves": roc_figure(scores, evaluation["discrimination"], roc_points, title=title),
+        "pr_curves": pr_figure(scores, evaluation["discrimination"], pr_points, title=title),
+    }
     write(scores, folder / "scores.parquet")
     if validation is not None:
         write(validation, folder / "validation_scores.parquet")
+    write_page(
+        folder,
+        evaluation,
+        scores,
+        title=title,
+        thresholds=thresholds,
+        pictures={name: save(figure, folder / FIGURES, name) for name, figure in drawn.items()},
+        run=run,
+        illustrate=illustrate,
+        commands=commands,
+    )
     return report
 
 
@@ -87,6 +110,41 @@ def table(report: dict[str, Any]) -> str:
         f"{_number(report['report']['macro_f1'])} (thresholds: {report['thresholds']['source']})"
     )
     return "\n".join(lines)
+
+
+def _evaluation(scores: ScoreTable, metrics: Metrics, bootstrap: int, seed: int) -> dict[str, Any]:
+    """What evaluation.json says of these metrics."""
+
+    def value(metric: Metric) -> dict[str, float | None]:
+        lower, upper = metric.interval or (None, None)
+        return {"value": metric.value, "lower": lower, "upper": upper}
+
+    discrimination: dict[str, Any] = {
+        finding: {
+            "auroc": value(one.auroc),
+            "average_precision": value(one.average_precision),
+            "positives": one.positives,
+            "negatives": one.negatives,
+            "reason": one.reason,
+        }
+        for finding, one in metrics.findings.items()
+    }
+    discrimination["mean"] = {
+        "auroc": value(metrics.mean_auroc),
+        "average_precision": value(metrics.mean_average_precision),
+        "positives": None,
+        "negatives": None,
+        "reason": metrics.reason,
+    }
+    return {
+        "format": "cxr-dist/evaluation/1",
+        "split": scores.split,
+        "n_images": len(scores),
+        "n_patients": len(np.unique(scores.patient_ids)),
+        "findings": list(scores.findings),
+        "bootstrap": {"resamples": bootstrap, "seed": seed, "unit": "patient", "level": 0.95},
+        "discrimination": discrimination,
+    }
 
 
 def _thresholds(scores: ScoreTable, validation: ScoreTable | None) -> dict[str, Any]:

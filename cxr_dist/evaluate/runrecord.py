@@ -63,4 +63,6 @@ class RunRecord:
                 return cls(**found)
         except (ValueError, TypeError, KeyError, AttributeError):
             pass
-        raise DataError(f"{where}: found another file, expected a run's record of format {FORMAT}; train again or leave it out")
+        raise DataError(
+            f"{where}: found another file, expected a run's record of format {FORMAT}; train again or leave it out"
+        )

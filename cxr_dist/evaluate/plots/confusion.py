@@ -48,7 +48,9 @@ def _draw(axes: Axes, rows: list[list[int]], tint: str) -> None:
         for x, count in enumerate(row):
             part = count / total if total else 0.0
             face = tuple(1 - _DEEPEST * part * (1 - channel) for channel in to_rgb(tint))
-            axes.add_patch(Rectangle((x + 0.02, y + 0.03), 0.96, 0.94, facecolor=face, edgecolor="#e2e2e2", linewidth=0.6))
+            axes.add_patch(
+                Rectangle((x + 0.02, y + 0.03), 0.96, 0.94, facecolor=face, edgecolor="#e2e2e2", linewidth=0.6)
+            )
             axes.text(x + 0.5, y + 0.42, f"{count:,}", ha="center", va="center", fontsize=10, color=INK)
             share = f"{100 * part:.1f} %" if total else shown("no images")
             axes.text(x + 0.5, y + 0.74, share, ha="center", va="center", fontsize=8, color=INK)

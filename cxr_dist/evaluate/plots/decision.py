@@ -18,7 +18,9 @@ def decision_figure(curves: Mapping[str, Any], findings: list[str], *, title: st
     figure, cells = grid(
         len(findings),
         title=f"Decision curves: {title}",
-        key=["Colour: act on the model.  Grey: act on everyone.  Dashed: on nobody (0).  Worth it where the colour is on top."],
+        key=[
+            "Colour: act on the model.  Grey: act on everyone.  Dashed: on nobody (0).  Worth it where the colour is on top."
+        ],
         x_label="Threshold probability: how sure one must be to act",
         y_label="Net benefit",
         own_y=True,
@@ -50,4 +52,3 @@ def decision_figure(curves: Mapping[str, Any], findings: list[str], *, title: st
         cell.yaxis.set_major_locator(ticks(3))
         cell.tick_params(labelcolor=INK)
     return figure
-

@@ -99,7 +99,9 @@ def grid(
             labelbottom=number + columns >= num_panels,
         )
         cells.append(axes)
-    figure.text(0.1 / total_x, 1 - 0.1 / total_y, shown(title), ha="left", va="top", fontsize=12, weight="bold", color=INK)
+    figure.text(
+        0.1 / total_x, 1 - 0.1 / total_y, shown(title), ha="left", va="top", fontsize=12, weight="bold", color=INK
+    )
     for line, text in enumerate(key):
         y = 1 - (0.4 + 0.2 * line) / total_y
         figure.text(0.1 / total_x, y, text, ha="left", va="top", fontsize=9, color=MUTED)

@@ -32,11 +32,11 @@ def reliability_figure(calibration: Mapping[str, Any], findings: list[str], *, t
     for cell, finding in zip(cells, findings, strict=True):
         head(cell, finding)
         unit_axes(cell)
-        cell.plot([0, 1], [0, 1], color=CHANCE, linewidth=0.8, linestyle=DASHED, zorder=1)
         rows = {kind: one["findings"].get(finding) or {} for kind, one in kinds.items()}
         if not any(row.get("bins") for row in rows.values()):
             blank(cell, next((row["reason"] for row in rows.values() if row.get("reason")), None))
             continue
+        cell.plot([0, 1], [0, 1], color=CHANCE, linewidth=0.8, linestyle=DASHED, zorder=1)
         for kind, row in rows.items():
             _draw(cell, kind, row.get("bins") or [], colour(finding))
         before, after = (rows.get(kind, {}).get("ece") for kind in ("raw", "calibrated"))

@@ -10,6 +10,8 @@ from cxr_dist.evaluate.plots.panels import CHANCE, DASHED, INK, blank, colour, g
 
 __all__ = ["subgroup_figure"]
 
+_COLUMNS = 5
+
 
 def subgroup_figure(
     subgroups: Mapping[str, Any], discrimination: Mapping[str, Any], findings: list[str], *, title: str
@@ -22,19 +24,21 @@ def subgroup_figure(
         key=["Dot and line: AUROC of the group, 95 % interval over patients.  Dashed: all images.  ×: undefined."],
         x_label="AUROC",
         y_label="",
-        left=1.15,
-        width=2.0,
+        columns=_COLUMNS,
+        left=1.1,
+        width=1.56,
         height=0.4 + 0.19 * len(groups),
     )
-    panels = {finding: [subgroups[k][g]["findings"].get(finding, {}).get("auroc") for k, g in groups] for finding in findings}
-    panels["mean"] = [subgroups[k][g]["mean"]["auroc"] for k, g in groups]
-    low = min((_low(value) for values in panels.values() for value in values if _low(value) is not None), default=0.5)
+    panels = {"mean": [subgroups[k][g]["mean"]["auroc"] for k, g in groups]}
+    for finding in findings:
+        panels[finding] = [subgroups[k][g]["findings"].get(finding, {}).get("auroc") for k, g in groups]
+    low = min([0.5, *(_low(value) - 0.02 for values in panels.values() for value in values if _low(value))])
     for number, (cell, (finding, values)) in enumerate(zip(cells, panels.items(), strict=True)):
-        head(cell, "Mean of the findings" if finding == "mean" else finding)
+        head(cell, "Mean" if finding == "mean" else finding)
         _draw(cell, values, (discrimination.get(finding) or {}).get("auroc"), colour(finding))
-        cell.set(xlim=(max(0.0, min(0.5, low - 0.02)), 1.01), ylim=(len(groups) - 0.4, -0.6))
-        cell.xaxis.set_major_locator(ticks(3))
-        names = [shown(name) for _, name in groups] if number % 4 == 0 else []
+        cell.set(xlim=(max(0.0, low), 1.01), ylim=(len(groups) - 0.4, -0.6))
+        cell.xaxis.set_major_locator(ticks(2))
+        names = [shown(name) for _, name in groups] if number % _COLUMNS == 0 else []
         cell.set_yticks(range(len(groups)), names or [""] * len(groups))
         cell.tick_params(axis="y", length=0)
         for at in range(1, len(groups)):
@@ -45,10 +49,11 @@ def subgroup_figure(
     return figure
 
 
-def _low(value: Mapping[str, Any] | None) -> float | None:
+def _low(value: Mapping[str, Any] | None) -> float:
+    """The lowest that is drawn of a value; 0 if nothing is."""
     if value is None or value["value"] is None:
-        return None
-    return value["value"] if value["lower"] is None else value["lower"]
+        return 0.0
+    return float(value["value"] if value["lower"] is None else value["lower"])
 
 
 def _draw(axes: Axes, values: list[Any], overall: Mapping[str, Any] | None, tint: str) -> None:

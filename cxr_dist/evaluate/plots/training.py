@@ -36,10 +36,16 @@ def training_figure(history: History, *, steps_per_epoch: int, best_epoch: int |
     epochs = _epochs(history, steps_per_epoch)
     _lines(loss, epochs, {"train/loss": (MUTED, "train"), "val/loss": (INK, "validation")}, "Loss")
     _lines(mean, epochs, {"val/auroc_mean": (INK, "")}, "Validation AUROC, mean")
-    best = [point for point in epochs.get("val/auroc_mean", []) if best_epoch is not None and _is(point, best_epoch + 1)]
+    best = [
+        point for point in epochs.get("val/auroc_mean", []) if best_epoch is not None and _is(point, best_epoch + 1)
+    ]
     if best:
         mean.plot(*best[0], "o", markersize=9, mfc="none", mec=INK, mew=1.4)
-        note(mean, f"best: {best[0][1]:.3f} after epoch {best_epoch + 1 if best_epoch is not None else ''}", corner="lower right")
+        note(
+            mean,
+            f"best: {best[0][1]:.3f} after epoch {best_epoch + 1 if best_epoch is not None else ''}",
+            corner="lower right",
+        )
     findings = {name: (colour(name.removeprefix(_AUROC)), "") for name in epochs if name.startswith(_AUROC)}
     _lines(each, epochs, findings, "Validation AUROC, each finding")
     _names(each, {name.removeprefix(_AUROC): epochs[name][-1] for name in findings if epochs[name]})
