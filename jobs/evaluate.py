@@ -29,7 +29,9 @@ def add_flags(parser: Any) -> None:
     parser.add_argument("--scores", type=optional, help="score table to judge, Parquet or CSV (.gz), of any model")
     parser.add_argument("--validation-scores", type=optional, help="score table that thresholds are chosen on")
     parser.add_argument("--checkpoint", type=optional, help="URI of a run's checkpoint to score and judge")
-    parser.add_argument("--run-folder", type=optional, help="with --scores: folder of the training run that they came from")
+    parser.add_argument(
+        "--run-folder", type=optional, help="with --scores: folder of the training run that they came from"
+    )
     parser.add_argument("--split", type=Literal["validation", "test"], default="test", help="images that are judged")
     parser.add_argument("--out", type=str, default="outputs/evaluate", help="directory of the report")
 

@@ -11,13 +11,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from cxr_dist.evaluate.metrics import Curve, pr_curve, roc_curve, thin
-from cxr_dist.evaluate.plots.panels import CHANCE, COLOURS, CONTEXT, DASHED, blank, colour, grid, head, note, unit_axes
+from cxr_dist.evaluate.plots.panels import CHANCE, COLOURS, CONTEXT, DASHED, INK, blank, colour, grid, head, unit_axes
 from cxr_dist.evaluate.scores import ScoreTable
 
 __all__ = ["COLOURS", "pr_figure", "roc_figure"]
 
 _POINTS, _CONTEXT_POINTS = 600, 48
 """Points of a curve, and of one that only gives context: 14 × 13 of these are most of the SVG."""
+
+_SMALL: dict[str, Any] = {"ha": "center", "va": "bottom", "fontsize": 8.5, "color": INK}
 
 Points = Mapping[str, tuple[float, float]]
 Discrimination = Mapping[str, Any]
@@ -33,7 +35,7 @@ def roc_figure(scores: ScoreTable, found: Discrimination, operating: Points, *, 
 
     def decorate(axes: Axes, one: Mapping[str, Any]) -> None:
         axes.plot([0, 1], [0, 1], color=CHANCE, linewidth=0.8, linestyle=DASHED, zorder=2)
-        note(axes, f"AUROC {_value(one['auroc'])}\n{one['positives']:,} positives", corner="lower right")
+        axes.text(0.5, 1.02, f"AUROC {_value(one['auroc'])}", transform=axes.transAxes, **_SMALL)
 
     labels = "False positive rate (1 − specificity)", "True positive rate (sensitivity)"
     key = f"Mean AUROC {_value(found['mean']['auroc'])}.  Dashed: chance."
@@ -49,7 +51,8 @@ def pr_figure(scores: ScoreTable, found: Discrimination, operating: Points, *, t
     def decorate(axes: Axes, one: Mapping[str, Any]) -> None:
         prevalence = one["positives"] / (one["positives"] + one["negatives"])
         axes.axhline(prevalence, color=CHANCE, linewidth=0.8, linestyle=DASHED, zorder=2)
-        note(axes, f"AP {_value(one['average_precision'])}\nprevalence {prevalence:.3f}", corner="upper right")
+        # above the panel: a good curve fills its corners
+        axes.text(0.5, 1.02, f"AP {_value(one['average_precision'])}", transform=axes.transAxes, **_SMALL)
 
     labels = "Recall (sensitivity)", "Precision"
     key = f"Mean AP {_value(found['mean']['average_precision'])}.  Dashed: chance (the prevalence)."
@@ -82,9 +85,10 @@ def _panels(
         key=[key, "  ".join(more)],
         x_label=axis_labels[0],
         y_label=axis_labels[1],
+        gap=(0.22, 0.56),
     )
     for cell, finding in zip(cells, scores.findings, strict=True):
-        head(cell, finding)
+        head(cell, finding, pad=17)
         unit_axes(cell)
         if finding not in curves:
             blank(cell, found[finding]["reason"])

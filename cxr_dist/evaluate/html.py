@@ -7,7 +7,6 @@ artifact viewer. All names come from data and are escaped. A part that is missin
 import functools
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from importlib import resources
 from typing import Any
 
@@ -16,8 +15,8 @@ from markupsafe import Markup
 
 from cxr_dist.evaluate.inline import inline_figure, inline_thumbnail
 from cxr_dist.evaluate.plots.panels import Picture, colour
+from cxr_dist.evaluate.rules import chosen_rules, main_rule
 from cxr_dist.evaluate.runrecord import RunRecord
-from cxr_dist.evaluate.worst import Example
 
 __all__ = ["SECTIONS", "render"]
 
@@ -37,7 +36,18 @@ SECTIONS = {
 }
 """Ids of the page's sections and their names in its list, in order."""
 
-_PARTS = ("operating_points", "calibration", "decision_curves", "subgroups", "no_finding", "second_labels", "bootstrap")
+_CALIBRATIONS = {"raw": "Raw", "calibrated": "Calibrated", "prior_shift": "Prior shift", "oracle": "Oracle"}
+_KINDS = ("false positive", "false negative", "true positive")
+_PARTS = (
+    "operating_points",
+    "calibration",
+    "decision_curves",
+    "subgroups",
+    "no_finding",
+    "second_labels",
+    "bootstrap",
+    "validation",
+)
 
 
 def render(
@@ -46,16 +56,17 @@ def render(
     title: str,
     thresholds_source: str,
     pictures: Mapping[str, Picture],
-    examples: Sequence[Example] = (),
+    examples: Sequence[Mapping[str, Any]] = (),
     run: RunRecord | None = None,
     commands: Sequence[str] = (),
     scores_sha256: str = "",
 ) -> str:
     """The page. `evaluation` is evaluation.json, parts of which may be missing; `commands` make the model or the report."""
     e = dict.fromkeys(_PARTS) | dict(evaluation)
-    youden = (e["operating_points"] or {}).get("youden")
+    youden = main_rule(e)
     return _template().render(
         e=e,
+        rules=chosen_rules(e),
         title=title,
         css=_css(),
         sections=SECTIONS.items(),
@@ -67,7 +78,8 @@ def render(
         cautions=_cautions(e, run),
         figures={name: inline_figure(picture, _alt(name, e)) for name, picture in pictures.items()},
         examples=_by_finding(examples),
-        pictured=any(one.thumbnail_png for one in examples),
+        pictured=any(one.get("thumbnail_png") for one in examples),
+        truly=any(one["kind"] == "true positive" for one in examples),
         run=run,
         splits=[name for name in ("train", "validation", "test") if run and run.audit and name in run.audit],
         world_sizes=_world_sizes(run),
@@ -89,6 +101,7 @@ def _template() -> jinja2.Template:
     environment.filters |= {
         "words": lambda name: name.replace("_", " "),
         "sentence": lambda text: text[:1].upper() + text[1:],
+        "kind_name": lambda kind: _CALIBRATIONS.get(kind, kind),
         "percent": _percent,
         "prevalence": lambda d: _percent(_ratio(d["positives"], d["positives"] + d["negatives"])),
         "duration": _duration,
@@ -126,8 +139,8 @@ def _cards(e: Mapping[str, Any], youden: Mapping[str, Any] | None) -> list[dict[
         _card("Mean AP", mean["average_precision"]),
     ]
     if youden:
-        cards.append(_card("Mean sensitivity", youden["mean"]["sensitivity"], youden["label"]))
-        cards.append(_card("Mean specificity", youden["mean"]["specificity"], youden["label"]))
+        cards.append(_card("Mean sensitivity", youden["mean"]["sensitivity"], youden["name"]))
+        cards.append(_card("Mean specificity", youden["mean"]["specificity"], youden["name"]))
     kinds = (e["calibration"] or {}).get("kinds", {})
     if "calibrated" in kinds:
         ece = {"value": kinds["calibrated"]["mean"]["ece"], "lower": None, "upper": None}
@@ -150,6 +163,9 @@ def _cautions(e: Mapping[str, Any], run: RunRecord | None) -> list[str]:
             f"These are {e['split']} figures: the checkpoint, the thresholds and the calibration were chosen on these "
             "images, so they flatter the model."
         )
+    shared = (e["validation"] or {}).get("patients_shared")
+    if shared and e["split"] != "validation":
+        out.append(f"Patients of these images who are in the validation scores too: {shared:,}.")
     undefined = [name for name in e["findings"] if e["discrimination"][name]["auroc"]["value"] is None]
     if undefined:
         names = ", ".join(name.replace("_", " ") for name in undefined)
@@ -184,15 +200,16 @@ def _alt(name: str, e: Mapping[str, Any]) -> str:
         "training_curves": "Loss, validation AUROC and learning rate over epochs",
         "throughput": "Images a second, waiting, number of ranks and bytes read over epochs",
     }
-    rule = (e["operating_points"] or {}).get(name.removeprefix("confusion_"), {}).get("label", "")
+    rule = chosen_rules(e).get(name.removeprefix("confusion_"), {}).get("name", "")
     return kinds.get(name, f"Confusion matrices at the thresholds of {rule}, a panel for each finding")
 
 
-def _by_finding(examples: Sequence[Example]) -> dict[str, list[dict[str, Any]]]:
+def _by_finding(examples: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """The examples of each finding, errors first, with their pictures ready for the page."""
     out: dict[str, list[dict[str, Any]]] = {}
-    for one in examples:
-        thumbnail, overlay = (png and inline_thumbnail(png) for png in (one.thumbnail_png, one.overlay_png))
-        out.setdefault(one.finding, []).append(asdict(one) | {"thumbnail": thumbnail, "overlay": overlay})
+    for one in sorted(examples, key=lambda one: _KINDS.index(one["kind"])):
+        thumbnail, overlay = (png and inline_thumbnail(png) for png in (one["thumbnail_png"], one["overlay_png"]))
+        out.setdefault(one["finding"], []).append({**one, "thumbnail": thumbnail, "overlay": overlay})
     return out
 
 

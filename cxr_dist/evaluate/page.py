@@ -12,6 +12,7 @@ from cxr_dist.evaluate.plots.panels import Picture, save
 from cxr_dist.evaluate.plots.reliability import reliability_figure
 from cxr_dist.evaluate.plots.subgroups import subgroup_figure
 from cxr_dist.evaluate.plots.training import throughput_figure, training_figure
+from cxr_dist.evaluate.rules import chosen_rules
 from cxr_dist.evaluate.runrecord import FILE, RunRecord
 from cxr_dist.evaluate.scores import ScoreTable
 from cxr_dist.evaluate.worst import Example, worst_errors
@@ -21,8 +22,8 @@ __all__ = ["FIGURES", "Illustrate", "commands_of", "write_page"]
 FIGURES = "figures"
 """Folder of a report's figures."""
 
-Illustrate = Callable[[list[Example]], list[Example]]
-"""Gives examples their pictures, as far as it can, and may add examples of its own."""
+Illustrate = Callable[[list[Example]], Sequence[Mapping[str, Any]]]
+"""Gives the worst errors their pictures, as far as it can, or other examples of `Example`'s keys in their place."""
 
 
 def write_page(
@@ -74,9 +75,9 @@ def _draw(folder: Path, evaluation: Mapping[str, Any], run: RunRecord | None, ti
     """Every figure that there are numbers for."""
     findings = list(evaluation["findings"])
     figures: dict[str, Any] = {}
-    for rule, one in (evaluation.get("operating_points") or {}).items():
+    for rule, one in chosen_rules(evaluation).items():
         figures[f"confusion_{rule}"] = confusion_figure(one, findings, title=title)
-    if evaluation.get("calibration"):
+    if (evaluation.get("calibration") or {}).get("kinds"):
         figures["reliability"] = reliability_figure(evaluation["calibration"], findings, title=title)
     if evaluation.get("decision_curves"):
         curves = {f: {"reason": evaluation["discrimination"][f]["reason"]} for f in findings}

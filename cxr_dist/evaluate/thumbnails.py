@@ -1,6 +1,5 @@
 """Pictures of examples out of a dataset: what the network sees of each image."""
 
-import dataclasses
 import io
 import logging
 import uuid
@@ -61,9 +60,9 @@ def with_thumbnails(
 ) -> list[Example]:
     """The examples with their thumbnails, as far as the dataset at this URI has the images and gives them."""
     try:
-        found = pixels_of(Manifest.load(dataset), split, (one.image_id for one in examples), config)
+        found = pixels_of(Manifest.load(dataset), split, (one["image_id"] for one in examples), config)
     except (OSError, InputError) as error:
         log.warning("the report has no thumbnails: %s", error)
         return list(examples)
     pngs = {name: encoded(pixels) for name, pixels in found.items()}
-    return [dataclasses.replace(one, thumbnail_png=pngs.get(one.image_id)) for one in examples]
+    return [{**one, "thumbnail_png": pngs.get(one["image_id"])} for one in examples]

@@ -1,10 +1,10 @@
 """The worst errors: the images that a model was most sure of and wrong about, to be looked at."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypedDict
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cxr_dist.evaluate.scores import ScoreTable
 
@@ -13,8 +13,7 @@ __all__ = ["Example", "worst_errors"]
 Kind = Literal["false positive", "false negative", "true positive"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Example:
+class Example(TypedDict):
     """One image as an example of one finding, with its pictures if there are any."""
 
     finding: str
@@ -22,9 +21,9 @@ class Example:
     probability: float
     label: bool
     kind: Kind
-    thumbnail_png: bytes | None = None
+    thumbnail_png: bytes | None
     """The image as the network sees it."""
-    overlay_png: bytes | None = None
+    overlay_png: bytes | None
     """The same with what the network looked at."""
 
 
@@ -40,10 +39,11 @@ def worst_errors(scores: ScoreTable, thresholds: Mapping[str, float], *, per_kin
             continue
         probability, label = scores.probabilities_NK[:, k], scores.labels_NK[:, k]
         called = probability >= thresholds[finding]
-        for kind, wrong, badness in (
+        sides: tuple[tuple[Kind, NDArray[np.bool_], NDArray[np.float64]], ...] = (
             ("false positive", called & ~label, -probability),
             ("false negative", ~called & label, probability),
-        ):
+        )
+        for kind, wrong, badness in sides:
             rows = np.flatnonzero(wrong)
             rows = rows[np.lexsort((scores.image_ids[rows], badness[rows]))]
             _, first = np.unique(scores.patient_ids[rows], return_index=True)
@@ -53,7 +53,9 @@ def worst_errors(scores: ScoreTable, thresholds: Mapping[str, float], *, per_kin
                     image_id=str(scores.image_ids[row]),
                     probability=float(probability[row]),
                     label=bool(label[row]),
-                    kind=kind,  # type: ignore[arg-type]
+                    kind=kind,
+                    thumbnail_png=None,
+                    overlay_png=None,
                 )
                 for row in rows[np.sort(first)[:per_kind]]
             ]

@@ -17,11 +17,11 @@ _DEEPEST = 0.6
 
 
 def confusion_figure(rule: Mapping[str, Any], findings: list[str], *, title: str) -> Figure:
-    """Counts of a 2 × 2 table a finding, with their part of the row; `rule` is an operating point of evaluation.json."""
+    """Counts of a 2 × 2 table a finding, with their part of the row; `rule` is one of `chosen_rules`."""
     figure, cells = grid(
         len(findings),
-        title=f"Confusion, {rule['label']}: {title}",
-        key=[f"Thresholds chosen on {rule['chosen_on']}.  Below a count: its part of the row."],
+        title=f"Confusion, thresholds by {rule['name']}: {title}",
+        key=[f"Chosen on {rule['chosen_on']}.  Below a count: its part of the row."],
         x_label="What the model says at its threshold",
         y_label="What the label says",
         width=2.15,

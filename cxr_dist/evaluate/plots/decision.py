@@ -5,7 +5,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from cxr_dist.evaluate.plots.panels import CHANCE, DASHED, INK, MUTED, blank, colour, grid, head, ticks
+from cxr_dist.evaluate.plots.panels import CHANCE, DASHED, MUTED, blank, colour, grid, head, ticks
 
 __all__ = ["decision_figure"]
 
@@ -50,5 +50,5 @@ def decision_figure(curves: Mapping[str, Any], findings: list[str], *, title: st
         cell.set(xlim=(0, max(x)), ylim=(-_BELOW * top, top))
         cell.xaxis.set_major_locator(ticks(4))
         cell.yaxis.set_major_locator(ticks(3))
-        cell.tick_params(labelcolor=INK)
+        cell.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     return figure

@@ -30,7 +30,7 @@ def training_figure(history: History, *, steps_per_epoch: int, best_epoch: int |
         width=3.7,
         height=2.1,
         left=0.66,
-        gap=(1.45, 0.7),
+        gap=(1.6, 0.7),
         own_y=True,
     )
     epochs = _epochs(history, steps_per_epoch)
