@@ -11,8 +11,7 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import expit
-from scipy.stats import norm
+from scipy.special import expit, ndtri
 from sklearn.isotonic import IsotonicRegression
 
 from cxr_dist.errors import DataError
@@ -108,7 +107,7 @@ def prior_interval(
     mixed = estimate * present + (1 - estimate) * absent
     slopes = np.divide(present - absent, mixed, out=np.zeros_like(mixed), where=mixed > 0)
     curvature = float(np.mean(slopes**2))
-    spread = norm.ppf(0.975) * patient_error(slopes, patient_ids) / curvature if curvature else 1.0
+    spread = ndtri(0.975) * patient_error(slopes, patient_ids) / curvature if curvature else 1.0
     return max(0.0, float(estimate - spread)), min(1.0, float(estimate + spread))
 
 
