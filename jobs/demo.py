@@ -70,6 +70,7 @@ def finished_runs(storage_path: str) -> list[str]:
 def report_again(config: Config, folder: str) -> dict[str, Any]:
     """The report of a run, out of what it left in its folder and in the dataset."""
     from cxr_dist import storage
+    from cxr_dist.data.manifest import Manifest
     from cxr_dist.evaluate import report, scores
     from cxr_dist.evaluate.thumbnails import with_thumbnails
     from cxr_dist.train.record import kept_record
@@ -83,6 +84,8 @@ def report_again(config: Config, folder: str) -> dict[str, Any]:
         bootstrap=config.evaluate.bootstrap,
         seed=config.evaluate.bootstrap_seed,
         title=Path(folder).name,
+        rows=Manifest.load(config.data.uri).rows("test"),
+        calibration=config.evaluate.calibration,
         run=kept_record(folder),
         illustrate=lambda examples: with_thumbnails(examples, storage.absolute(config.data.uri), "test", config.data),
     )

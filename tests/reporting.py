@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from cxr_dist.evaluate.metrics import measure
+from cxr_dist.evaluate.bootstrap import measure
 from cxr_dist.evaluate.runrecord import RunRecord
 from cxr_dist.evaluate.scores import ScoreTable
 

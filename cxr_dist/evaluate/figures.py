@@ -86,6 +86,7 @@ def _panels(
         x_label=axis_labels[0],
         y_label=axis_labels[1],
         gap=(0.22, 0.56),
+        above=0.5,
     )
     for cell, finding in zip(cells, scores.findings, strict=True):
         head(cell, finding, pad=17)

@@ -24,6 +24,7 @@ from cxr_dist.data.resident import DamagedFeatures
 from cxr_dist.errors import InputError, RunError
 from cxr_dist.evaluate import report, scores
 from cxr_dist.evaluate.inference import score_split
+from cxr_dist.evaluate.second_labels import read_second_labels
 from cxr_dist.evaluate.thumbnails import with_thumbnails
 from cxr_dist.tracking import TrackedRun, open_run
 from cxr_dist.train.cache import Cache, prepare_features
@@ -186,6 +187,7 @@ def evaluate(
         outcome["n_scored"]["test"] = len(judged)
         tracked.count_in_experiment("test_evaluations", tag="test_evaluation")
     folder = local_folder("reports", job.config.run.name)
+    second = job.config.evaluate.second_labels
     found = report.write_report(
         folder,
         judged,
@@ -195,6 +197,9 @@ def evaluate(
         title=job.config.run.name,
         run=run_record(job, manifest, trained, config=as_yaml(job.config), unreadable=len(corrupt), now_s=time.time()),
         illustrate=lambda examples: with_thumbnails(examples, manifest.uri, judged.split, job.config.data),
+        rows=manifest.rows(judged.split),
+        second=read_second_labels(second) if second else None,
+        calibration=job.config.evaluate.calibration,
     )
     print(report.table(found))
     if corrupt:

@@ -68,6 +68,7 @@ def grid(
     height: float = 2.15,
     left: float = 0.72,
     gap: tuple[float, float] = (0.22, 0.42),
+    above: float = 0.34,
     own_x: bool = False,
     own_y: bool = False,
 ) -> tuple[Figure, list[Axes]]:
@@ -78,7 +79,7 @@ def grid(
     columns = max(1, min(columns, num_panels))
     rows = math.ceil(num_panels / columns)
     gap_x, gap_y = gap
-    top, bottom, right = 0.42 + 0.2 * len(key) + 0.34, 0.62, 0.2
+    top, bottom, right = 0.42 + 0.2 * len(key) + above, 0.62, 0.2
     total_x = max(left + columns * width + (columns - 1) * gap_x + right, 6.0)
     total_y = top + rows * height + (rows - 1) * gap_y + bottom
     figure = Figure(figsize=(total_x, total_y), dpi=_DPI, facecolor="white")
