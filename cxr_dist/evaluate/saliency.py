@@ -4,9 +4,9 @@ Which images are shown is a function of the score table alone. Their pixels are 
 maps computed in this process, in fp32: a few hundred images are seconds.
 """
 
+import contextlib
 import json
 import logging
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,19 +75,18 @@ def add_saliency(
     of a trained run is worth more than its pictures.
     """
     folder = Path(directory)
-    if (folder / "saliency.json").exists():  # an earlier report's
-        shutil.rmtree(folder / FOLDER, ignore_errors=True)
-        for name in ("saliency.json", "localisation.json"):
-            (folder / name).unlink(missing_ok=True)
-    if not config.evaluate.saliency and not config.evaluate.boxes:
-        return []
     try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _clear(folder)
+        if not config.evaluate.saliency and not config.evaluate.boxes:
+            return []
         return _write(folder, config, checkpoint_uri, judged, fit(validation) if validation is not None else {})
     except Exception as error:  # noqa: BLE001 - whatever it is, the report goes on without
         reason = scrub(f"{type(error).__name__}: {' '.join(str(error).split())}")[:500]
         log.warning("no saliency in this report (%s); jobs/evaluate.py --checkpoint makes it again", reason)
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        _write_json(folder / "saliency.json", {"format": FORMAT, "error": reason, "images": []})
+        with contextlib.suppress(OSError):
+            _clear(folder)
+            _write_json(folder / "saliency.json", {"format": FORMAT, "error": reason, "images": []})
         return []
 
 
@@ -117,6 +116,14 @@ def pick(scores: ScoreTable, thresholds: Mapping[str, float], count: int) -> lis
                 for row in rows[np.sort(first)][:count]
             ]
     return picks
+
+
+def _clear(folder: Path) -> None:
+    """Take away what an earlier report, or half of this one, left in the directory."""
+    for name in ("saliency.json", "localisation.json"):
+        (folder / name).unlink(missing_ok=True)
+    for picture in (folder / FOLDER).glob("*/*_*_*.png"):
+        picture.unlink()
 
 
 def _write(
