@@ -1,4 +1,4 @@
-"""The boxes that NIH's radiologists drew: `BBox_List_2017.csv`, 984 boxes of eight findings in 880 test images.
+"""The boxes that NIH's radiologist drew: `BBox_List_2017.csv`, 984 boxes of eight findings in 880 test images.
 
 The file's header is broken as shipped (`Bbox [x,y,w,h],,,` in one row of CSV makes seven cells, `[x` to three empty ones)
 and it calls Infiltration `Infiltrate`. Its coordinates are pixels of the PNG files of the release, 1024 x 1024 whatever

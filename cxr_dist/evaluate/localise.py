@@ -1,4 +1,4 @@
-"""How well heat maps find the boxes that radiologists drew: the pointing game, and boxes against boxes at thresholds.
+"""How well heat maps find the boxes that a radiologist drew: the pointing game, and boxes against boxes at thresholds.
 
 Pointing game (Zhang et al., Top-down Neural Attention by Excitation Backprop, ECCV 2016): of the images with a finding's
 boxes, the part whose map has its maximum in one of them; no tolerance. Boxes against boxes (Wang et al., ChestX-ray8,
