@@ -40,10 +40,8 @@ def cams(network: Network, images_NSS: npt.NDArray[np.uint8], columns_N: npt.NDA
             if missing:
                 part = torch.cat([part, part.new_zeros(missing, *part.shape[1:])])
                 targets = torch.cat([targets, targets.new_zeros(missing)])
-            # the head alone may be trained: then nothing before its pooling would be in the graph
-            inputs = part.detach().requires_grad_()
             with network.mixed(), torch.enable_grad():
-                found = method.attribute(inputs, target=targets, relu_attributions=True)
+                found = method.attribute(part, target=targets, relu_attributions=True)
             maps.append(found[: chunk - missing, 0].detach().float())
     finally:
         network.tail.train(was_training)
