@@ -25,18 +25,19 @@ ALPHA = 0.65
 def overlay(image_SS: NDArray[np.uint8], heat_hw: NDArray[np.float32], boxes: Sequence[Box] = ()) -> bytes:
     """PNG of the radiograph, coloured the stronger the more heat there is, and the boxes that are known as white frames.
 
-    Where there is no heat, the radiograph is untouched. The line is at half of the greatest heat.
+    Where there is no heat, the radiograph is untouched. The line is at half of the greatest heat (which is 1).
     """
     grey = np.asarray(_resized(image_SS, OVERLAY), np.float32)[..., None]
     heat = upsampled(heat_hw, OVERLAY)
     alpha = (ALPHA * heat)[..., None]
     mixed = (1 - alpha) * grey + alpha * _colours()[np.rint(heat * 255).astype(np.int64)]
     mixed[_line(heat > 0.5)] = 255
+    mixed[_line(heat <= 0.5)] = 0  # a dark case: white alone is lost on bone
     picture = Image.fromarray(np.rint(mixed).astype(np.uint8))
     pen = ImageDraw.Draw(picture)
     for box in boxes:
         edges = [round(value * (OVERLAY - 1)) for value in (box.left, box.top, box.right, box.bottom)]
-        pen.rectangle(edges, outline="black", width=4)  # a dark case: white alone is lost on bone
+        pen.rectangle(edges, outline="black", width=4)
         pen.rectangle([edges[0] + 1, edges[1] + 1, edges[2] - 1, edges[3] - 1], outline="white", width=2)
     return _png(picture)
 
@@ -58,7 +59,7 @@ def _line(inside: NDArray[np.bool_]) -> NDArray[np.bool_]:
 
 def _png(picture: Image.Image) -> bytes:
     out = io.BytesIO()
-    picture.save(out, "PNG", optimize=True)
+    picture.save(out, "PNG")
     return out.getvalue()
 
 

@@ -1,13 +1,16 @@
 """The pointing game and boxes against boxes, on maps and boxes worked by hand."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from cxr_dist.data.boxes import Box
+from cxr_dist.config import EvaluateConfig
+from cxr_dist.data.boxes import Box, given_boxes
 from cxr_dist.evaluate.localise import GRID, IOBB, IOU, computed_boxes, localise, point, wilson
+from tests.conftest import ROOT
 
 
 def box(image_id: str, left: float, top: float, right: float, bottom: float, finding: str = "Mass") -> Box:
@@ -134,3 +137,24 @@ def test_boxes_of_one_patient_are_one_trial() -> None:
     assert (apart["lower"], apart["upper"]) == wilson(8, 8, 8)
     assert (together["lower"], together["upper"]) == wilson(8, 8, 1)
     assert together["lower"] < apart["lower"] < 1
+
+
+def test_what_maps_of_random_numbers_reach_on_the_real_boxes(real_data: Path) -> None:
+    """The table in docs/saliency.md: what a figure has to be held against."""
+    boxes = given_boxes(EvaluateConfig(boxes=str(real_data / "BBox_List_2017.csv.gz")))
+    rng = np.random.default_rng(0)
+    maps = {(one.image_id, one.finding): rng.random((7, 7), np.float32) for one in boxes}
+    maps = {key: heat / heat.max() for key, heat in maps.items()}
+    patients = {one.image_id: int(one.image_id[:8]) for one in boxes}
+    found = localise(maps, boxes, patients, sorted({one.finding for one in boxes}))
+    rows = {
+        finding: [
+            *(round(one["pointing"][name], 3) for name in ("chance", "centre", "reachable", "value")),
+            *(round(one["iou"][cut]["value"], 3) for cut in ("0.1", "0.5")),
+            round(one["iobb"]["0.1"]["value"], 3),
+        ]
+        for finding, one in found.items()
+    }
+    lines = (ROOT / "docs" / "saliency.md").read_text().splitlines()
+    for finding, row in rows.items():
+        assert f"| {finding} | {found[finding]['n_boxes']} | {' | '.join(f'{value:.3f}' for value in row)} |" in lines
