@@ -66,7 +66,8 @@ def test_a_submitted_run_ends_with_everything_in_mlflow(trained, client, manifes
     ]
     assert {"train/images_per_s", "train/data_wait_fraction", "train/lr"} <= set(found.data.metrics)
     assert {"train/head_of_line_s", "train/rank_skew_fraction"} <= set(found.data.metrics)
-    assert 0 < found.data.metrics["train/read_mb"] <= result["read_mb"]  # validation ends the run, after the last steps
+    # validation ends the run, after the last steps; the result is rounded to hundredths
+    assert 0 < found.data.metrics["train/read_mb"] <= result["read_mb"] + 0.005
     assert any(name.startswith("system/node0") for name in found.data.metrics)
     assert found.data.tags["mlflow.source.git.commit"] == COMMIT
     assert found.data.tags["test_evaluation"] == "number 1 of this experiment"
