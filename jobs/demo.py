@@ -34,7 +34,7 @@ def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
 
     finished = finished_runs(config.train.storage_path) if args.report else []
     if finished:
-        return report_again(config, finished[-1])
+        return report_again(with_boxes(config), finished[-1])
     os.environ.setdefault("RAY_ADDRESS", "local")  # the demo leaves a cluster of yours alone
     began = time.monotonic()
     say(f"1/4  drawing a synthetic release of {PATIENTS} patients in {config.data.release}")
@@ -51,7 +51,7 @@ def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     ingest(config)
     say(f"3/4  training with {config.train.workers[1]} DDP workers, then the test report")
     name = config.run.name or f"demo-{time.strftime('%Y%m%d-%H%M%S')}"
-    result = train(dataclasses.replace(config, run=dataclasses.replace(config.run, name=name)))
+    result = train(dataclasses.replace(with_boxes(config), run=dataclasses.replace(config.run, name=name)))
     say(
         f"4/4  done in {time.monotonic() - began:.0f} s: mean AUROC {result['test_auroc']['mean']:.3f} on the test list"
     )
@@ -62,6 +62,12 @@ def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     return result | {"wall_s": round(time.monotonic() - began, 1)}
 
 
+def with_boxes(config: Config) -> Config:
+    """The config with the synthetic release's own boxes, unless it names others."""
+    boxes = config.evaluate.boxes or str(Path(config.data.release, "BBox_List_2017.csv"))
+    return dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, boxes=boxes))
+
+
 def finished_runs(storage_path: str) -> list[str]:
     """Folders of the runs that have been evaluated on the test list, oldest first: their names begin with the time."""
     return sorted(str(found.parent.parent) for found in Path(storage_path).glob("demo-*/scores/run_record.json"))
@@ -69,9 +75,9 @@ def finished_runs(storage_path: str) -> list[str]:
 
 def report_again(config: Config, folder: str) -> dict[str, Any]:
     """The report of a run, out of what it left in its folder and in the dataset."""
-    from cxr_dist import storage
     from cxr_dist.data.manifest import Manifest
     from cxr_dist.evaluate import report, scores
+    from cxr_dist.evaluate.saliency import add_saliency
     from cxr_dist.evaluate.thumbnails import with_thumbnails
     from cxr_dist.train.record import kept_record
 
@@ -87,7 +93,10 @@ def report_again(config: Config, folder: str) -> dict[str, Any]:
         rows=Manifest.load(config.data.uri).rows("test"),
         calibration=config.evaluate.calibration,
         run=kept_record(folder),
-        illustrate=lambda examples: with_thumbnails(examples, storage.absolute(config.data.uri), "test", config.data),
+        illustrate=lambda worst: (
+            add_saliency(out, config, folder, judged, validation)
+            or with_thumbnails(worst, config.data.uri, "test", config.data)
+        ),
     )
     print(report.table(found))
     say(f"report               {out.absolute()}/report.html")

@@ -8,6 +8,7 @@ python jobs/evaluate.py --scores preds.csv --data.labels Data_Entry_2017_v2020.c
 import argparse
 import dataclasses
 import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +26,7 @@ from cxr_dist.evaluate.report import table, write_report
 from cxr_dist.evaluate.runrecord import RunRecord
 from cxr_dist.evaluate.scores import ScoreTable, read
 from cxr_dist.evaluate.second_labels import read_second_labels
+from cxr_dist.evaluate.worst import Example
 
 
 def add_flags(parser: Any) -> None:
@@ -74,13 +76,15 @@ def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
         seed=config.evaluate.bootstrap_seed,
         title=title,
         run=run,
-        illustrate=_thumbnails(config, scores.split),
+        illustrate=_illustrate(config, args, scores, validation),
         commands=_commands(config, args),
         rows=rows,
         second=second,
         calibration=config.evaluate.calibration,
     )
     print(table(report))
+    if args.scores and config.evaluate.boxes:
+        print("evaluate.boxes is not used: heat maps need the network, not its scores alone")
     if dropped:
         print(f"left out: {dropped:,} images with a finding outside {config.data.label_set} (its cleaning)")
     if args.scores and args.split == "test" and missing is None:
@@ -102,10 +106,12 @@ def _score(config: Config, checkpoint_uri: str, split: str) -> tuple[ScoreTable,
     from cxr_dist.capacity import wants_gpu
     from cxr_dist.data.manifest import Manifest
     from cxr_dist.evaluate.inference import score_split
+    from cxr_dist.preflight import check_boxes
     from cxr_dist.train.checkpoint import load_checkpoint
 
     uri, checkpoint_uri = storage.absolute(config.data.uri), storage.absolute(checkpoint_uri)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, uri=uri))
+    check_boxes(config, Manifest.load(uri))
     trained_on = load_checkpoint(checkpoint_uri)["manifest_sha256"]
     cluster.connect(2)
     use_gpu = wants_gpu(config, ray.cluster_resources())
@@ -130,13 +136,23 @@ def _run(folder: str, *, required: bool) -> RunRecord | None:
     return record
 
 
-def _thumbnails(config: Config, split: str) -> Illustrate | None:
-    """Pictures of the worst errors out of the dataset, if one is given."""
+def _illustrate(
+    config: Config, args: argparse.Namespace, scores: ScoreTable, validation: ScoreTable | None
+) -> Illustrate | None:
+    """Pictures for the report: heat maps where there is a network, else the worst errors where there is a dataset."""
     if not config.data.uri:
         return None
     from cxr_dist.evaluate.thumbnails import with_thumbnails
 
-    return lambda examples: with_thumbnails(examples, storage.absolute(config.data.uri), split, config.data)
+    def illustrate(worst: list[Example]) -> Sequence[Mapping[str, Any]]:
+        pictures: Sequence[Mapping[str, Any]] = ()
+        if args.checkpoint:
+            from cxr_dist.evaluate.saliency import add_saliency
+
+            pictures = add_saliency(args.out, config, args.checkpoint, scores, validation)
+        return pictures or with_thumbnails(worst, storage.absolute(config.data.uri), scores.split, config.data)
+
+    return illustrate
 
 
 def _commands(config: Config, args: argparse.Namespace) -> list[str]:

@@ -24,6 +24,7 @@ from cxr_dist.data.resident import DamagedFeatures
 from cxr_dist.errors import InputError, RunError
 from cxr_dist.evaluate import report, scores
 from cxr_dist.evaluate.inference import score_split
+from cxr_dist.evaluate.saliency import add_saliency
 from cxr_dist.evaluate.second_labels import read_second_labels
 from cxr_dist.evaluate.thumbnails import with_thumbnails
 from cxr_dist.tracking import TrackedRun, open_run
@@ -196,7 +197,10 @@ def evaluate(
         seed=job.config.evaluate.bootstrap_seed,
         title=job.config.run.name,
         run=run_record(job, manifest, trained, config=as_yaml(job.config), unreadable=len(corrupt), now_s=time.time()),
-        illustrate=lambda examples: with_thumbnails(examples, manifest.uri, judged.split, job.config.data),
+        illustrate=lambda worst: (
+            add_saliency(folder, job.config, checkpoint, judged, validation)
+            or with_thumbnails(worst, manifest.uri, judged.split, job.config.data)
+        ),
         rows=manifest.rows(judged.split),
         second=read_second_labels(second) if second else None,
         calibration=job.config.evaluate.calibration,
