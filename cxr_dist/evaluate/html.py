@@ -37,6 +37,7 @@ SECTIONS = {
 """Ids of the page's sections and their names in its list, in order."""
 
 _CALIBRATIONS = {"raw": "Raw", "calibrated": "Calibrated", "prior_shift": "Prior shift", "oracle": "Oracle"}
+_BOX_LIMITS = ("0.1", "0.3", "0.5")
 _KINDS = ("false positive", "false negative", "true positive")
 _PARTS = (
     "operating_points",
@@ -60,8 +61,11 @@ def render(
     run: RunRecord | None = None,
     commands: Sequence[str] = (),
     scores_sha256: str = "",
+    localisation: Mapping[str, Any] | None = None,
 ) -> str:
-    """The page. `evaluation` is evaluation.json, parts of which may be missing; `commands` make the model or the report."""
+    """The page. `evaluation` is evaluation.json, parts of which may be missing, `localisation` is localisation.json;
+    `commands` make the model or the report."""
+    boxes = {name: one for name, one in (localisation or {}).get("findings", {}).items() if one["n_boxes"]}
     e = dict.fromkeys(_PARTS) | dict(evaluation)
     youden = main_rule(e)
     return _template().render(
@@ -79,6 +83,9 @@ def render(
         figures={name: inline_figure(picture, _alt(name, e)) for name, picture in pictures.items()},
         examples=_by_finding(examples),
         pictured=any(one.get("thumbnail_png") for one in examples),
+        mapped=any(one["overlay_png"] for one in examples),
+        boxes=boxes,
+        box_limits=_BOX_LIMITS,
         truly=any(one["kind"] == "true positive" for one in examples),
         run=run,
         splits=[name for name in ("train", "validation", "test") if run and run.audit and name in run.audit],

@@ -1,6 +1,7 @@
 """The last files of a report: its remaining figures, report.html, and the record of the run that it is about."""
 
 import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,15 +44,18 @@ def write_page(
     `thresholds` is thresholds.json, `pictures` are the figures that are there already; `scores.parquet` must be written.
     """
     chosen = {finding: one["youden"] for finding, one in thresholds["findings"].items() if one["youden"] is not None}
-    examples = worst_errors(scores, chosen or thresholds["used"])
+    worst = worst_errors(scores, chosen or thresholds["used"])
+    examples: Sequence[Mapping[str, Any]] = illustrate(worst) if illustrate else worst
+    drawn_boxes = folder / "localisation.json"  # written beside the examples' heat maps
     page = render(
         evaluation,
         title=title,
         thresholds_source=thresholds["source"],
         pictures={**pictures, **_draw(folder / FIGURES, evaluation, run, title)},
-        examples=illustrate(examples) if illustrate else examples,
+        examples=examples,
         run=run,
         commands=commands_of(run) if run else commands,
+        localisation=json.loads(drawn_boxes.read_bytes()) if illustrate and drawn_boxes.exists() else None,
         scores_sha256=hashlib.sha256((folder / "scores.parquet").read_bytes()).hexdigest(),
     )
     (folder / "report.html").write_text(page, encoding="utf-8")

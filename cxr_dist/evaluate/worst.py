@@ -27,7 +27,7 @@ class Example(TypedDict):
     """The same with what the network looked at."""
 
 
-def worst_errors(scores: ScoreTable, thresholds: Mapping[str, float], *, per_kind: int = 2) -> list[Example]:
+def worst_errors(scores: ScoreTable, thresholds: Mapping[str, float], *, per_kind: int = 3) -> list[Example]:
     """Per finding, the false positives with the highest and the false negatives with the lowest probability.
 
     At most `per_kind` of each, from different patients (images of one patient are wrong alike, and show less), worst

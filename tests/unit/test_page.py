@@ -16,6 +16,7 @@ from PIL import Image
 
 from cxr_dist.data.nih import LABEL_SETS
 from cxr_dist.errors import DataError
+from cxr_dist.evaluate import thumbnails
 from cxr_dist.evaluate.html import SECTIONS, render
 from cxr_dist.evaluate.inline import inline_figure, inline_thumbnail
 from cxr_dist.evaluate.page import commands_of, write_page
@@ -360,6 +361,41 @@ def test_thumbnails_are_small_jpegs() -> None:
         with Image.open(io.BytesIO(base64.b64decode(data))) as image:
             assert max(image.size) == min(192, pixels.shape[0])
             assert image.mode == ("L" if pixels.ndim == 2 else "RGB")
+
+
+def test_boxes_that_maps_were_held_against(evaluation: dict[str, Any]) -> None:
+    def value(middle: float) -> dict[str, float]:
+        return {"value": middle, "lower": middle - 0.01, "upper": middle + 0.01}
+
+    iou = {f"0.{tenth}": value(0.8 - 0.1 * tenth) for tenth in range(1, 8)}
+    found = {"n_boxes": 5, "pointing": {**value(0.9), "chance": 0.25}, "iou": iou}
+    none = {"n_boxes": 0, "pointing": None, "iou": None, "reason": "no boxes"}
+    page = Page(rendered(evaluation, localisation={"findings": {"Mass": found, "Nodule": none}}))
+    cells = [[5], list(value(0.9).values()), [0.25]]
+    cells += [list(iou[at].values()) for at in ("0.1", "0.3", "0.5")]
+    assert page.tables["boxes"] == {"Mass": cells}
+    assert "boxes" not in Page(rendered(evaluation)).tables
+
+
+def test_thumbnails_are_the_datasets_pixels_or_left_out(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    example = Example(
+        finding="Mass",
+        image_id="a.png",
+        probability=0.9,
+        label=False,
+        kind="false positive",
+        thumbnail_png=None,
+        overlay_png=None,
+    )
+    assert thumbnails.with_thumbnails([example], str(tmp_path), "test") == [example]
+    assert "found no manifest" in caplog.text
+    monkeypatch.setattr(thumbnails.Manifest, "load", lambda uri: uri)
+    monkeypatch.setattr(thumbnails, "picked_images", lambda *_: iter([{"a.png": noise(3, 16)}]))
+    [found] = thumbnails.with_thumbnails([example], "uri", "test")
+    assert found["thumbnail_png"] is not None
+    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(found["thumbnail_png"]))), noise(3, 16))
 
 
 def test_a_record_of_another_format_is_refused() -> None:
