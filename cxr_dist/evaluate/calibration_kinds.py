@@ -117,7 +117,7 @@ def _against(finding: str, p: float | None, p_mixture: float | None, refuting: l
     if p is None or p >= ALPHA:
         return f"the scores do not show another prevalence than validation's (p = {p:.2g})"
     if p_mixture is None:
-        return "too few different scores to see whether prevalence is what differs"
+        return "too few patients or different scores to see whether prevalence is what differs"
     if finding in refuting:
         return f"no prevalence makes a mixture of validation's classes of these scores (p = {p_mixture:.2g})"
     if refuting:

@@ -20,6 +20,7 @@ Ids = NDArray[np.int64]
 
 _BISECTIONS = 60  # to 1e-18
 _BINS = 6
+_LEAST_PATIENTS = 10
 _PREVALENCES = np.linspace(0, 1, 401)
 
 
@@ -69,11 +70,14 @@ def mixture_p(there: Floats, positive: Bools, patients_there: Ids, here: Floats,
     `there` is validation, with its labels; `here` has none. Label shift says that the scores here are distributed as some
     mixture of the two classes there. The shares of images in six intervals of the scores must then fit for one prevalence:
     the least squared misfit over all prevalences, weighed by its covariance over patients, is chi-squared with four
-    degrees of freedom (Hansen 1982). A small p-value: the images of a class look different here. None if too few images
-    fill the intervals.
+    degrees of freedom (Hansen 1982). A small p-value: the images of a class look different here. None if the scores are
+    too few to fill the intervals, or if fewer than ten patients there have the finding: a tenth of such would be refused
+    at a level of 0.05.
     """
+    if len(here) == 0 or len(np.unique(patients_there[positive])) < _LEAST_PATIENTS:
+        return None
     edges = np.unique(np.quantile(np.concatenate([there, here]), np.linspace(0, 1, _BINS + 1)[1:-1]))
-    if len(edges) < _BINS - 1 or len(here) == 0:
+    if len(edges) < _BINS - 1:
         return None
     in_there, in_here = (np.eye(_BINS)[np.searchsorted(edges, p), : _BINS - 1] for p in (there, here))
     share = float(positive.mean())
