@@ -36,7 +36,13 @@ SECTIONS = {
 }
 """Ids of the page's sections and their names in its list, in order."""
 
-_CALIBRATIONS = {"raw": "Raw", "calibrated": "Calibrated", "prior_shift": "Prior shift", "oracle": "Oracle"}
+_CALIBRATIONS = {
+    "raw": "Raw",
+    "calibrated": "Calibrated",
+    "prior_shift": "Prior shift",
+    "prior_shift_checked": "Shift, checked",
+    "oracle": "Oracle",
+}
 _BOX_LIMITS = ("0.1", "0.3", "0.5")
 _KINDS = ("false positive", "false negative", "true positive")
 _PARTS = (

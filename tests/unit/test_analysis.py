@@ -10,9 +10,9 @@ import pytest
 from cxr_dist.data import nih
 from cxr_dist.errors import DataError
 from cxr_dist.evaluate.analysis import FORMAT, analyse, resampled
-from cxr_dist.evaluate.calibrate import estimate_prior, prior_interval
 from cxr_dist.evaluate.calibration import sigmoid
 from cxr_dist.evaluate.external import read_external
+from cxr_dist.evaluate.label_shift import estimate_prior, mixture_p, prior_interval
 from cxr_dist.evaluate.scores import ScoreTable
 from cxr_dist.evaluate.thresholds import RULES, fit
 
@@ -52,7 +52,7 @@ def test_layout() -> None:
     assert found["format"] == FORMAT == "cxr-dist/evaluation/1"
     assert list(found["discrimination"]) == [*FINDINGS, "mean"]
     assert list(found["operating_points"]) == [*RULES, "half"]
-    assert list(found["calibration"]["kinds"]) == ["raw", "calibrated", "prior_shift", "oracle"]
+    assert list(found["calibration"]["kinds"]) == ["raw", "calibrated", "prior_shift", "prior_shift_checked", "oracle"]
     assert found["validation"] == {"n_images": 1200, "n_patients": 600, "patients_shared": 0, "is_judged": False}
     assert (found["subgroups"], found["second_labels"]) == ({}, None)
     points = fit(VALIDATION)
@@ -73,7 +73,7 @@ def test_labels_of_the_judged_images_choose_nothing() -> None:
             rule: {f: one["threshold"] for f, one in point["findings"].items()}
             for rule, point in found["operating_points"].items()
         }
-        names = ("mean_probability", "prior", "moved", "estimated", "p_holm")
+        names = ("mean_probability", "prior", "moved", "estimated", "p_holm", "p_mixture", "against")
         kinds = {
             kind: {f: {name: one.get(name) for name in names} for f, one in value["findings"].items()}
             for kind, value in found["calibration"]["kinds"].items()
@@ -90,7 +90,8 @@ def test_labels_of_the_judged_images_choose_nothing() -> None:
 def test_prevalence_is_moved_where_the_scores_show_it_and_then_helps() -> None:
     test = scored("test", prevalence=MOVED, num=2000)
     kinds = analysed(test)["calibration"]["kinds"]
-    moved = kinds["prior_shift"]["findings"]
+    assert all(one["moved"] for one in kinds["prior_shift"]["findings"].values())
+    moved = kinds["prior_shift_checked"]["findings"]
     assert [moved[f]["moved"] for f in FINDINGS] == [True, False, False]
     effusion = moved["Effusion"]
     assert effusion["prior"] == pytest.approx(0.5, abs=0.06)
@@ -101,6 +102,49 @@ def test_prevalence_is_moved_where_the_scores_show_it_and_then_helps() -> None:
     assert mass["ece"] == kinds["calibrated"]["findings"]["Mass"]["ece"]
     assert mass["prior"] == kinds["calibrated"]["findings"]["Mass"]["prior"]
     assert mass["reason"].startswith("not moved: the scores do not show another prevalence than validation's (p = ")
+    plain = kinds["prior_shift"]["findings"]["Mass"]
+    assert plain["against"] == mass["against"]
+    assert plain["mean_probability"] != mass["mean_probability"]
+
+
+def test_prevalence_is_not_moved_where_the_images_themselves_differ() -> None:
+    """Every image of one finding scores higher by a constant: a prevalence that explains it would be wrong for all."""
+    test = scored("test", num=3000, prevalence=MOVED)
+    logits = np.asarray(test.logits_NK) + np.array([0, 1.2, 0], np.float32)
+    brighter = dataclasses.replace(test, logits_NK=logits, probabilities_NK=sigmoid(logits.astype(np.float64)))
+    kinds = analysed(brighter)["calibration"]["kinds"]
+    found = kinds["prior_shift_checked"]["findings"]
+    assert not any(one["moved"] for one in found.values())
+    assert found["Mass"]["reason"].startswith(
+        "not moved: no prevalence makes a mixture of validation's classes of these"
+    )
+    assert (
+        found["Effusion"]["reason"]
+        == "not moved: the scores of Mass show that more than prevalence differs in these images"
+    )
+    assert kinds["prior_shift"]["findings"]["Mass"]["ece"] > kinds["calibrated"]["findings"]["Mass"]["ece"]
+
+
+def test_mixture_test_holds_its_level_and_sees_other_images() -> None:
+    """Patients with three images alike: 60 seeded pairs of tables, another prevalence, and another look."""
+    refused = {"prevalence": 0, "look": 0}
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+
+        def drawn(num: int, prevalence: float, brighter: float, rng: np.random.Generator = rng) -> Any:
+            positive = np.repeat(rng.random(num) < prevalence, 3)
+            x = rng.normal(1.5 * positive + np.repeat(rng.normal(0, 0.7, num), 3) + brighter, 0.7)
+            return sigmoid(x - 3), positive, np.repeat(np.arange(num), 3)
+
+        there, positive, patients = drawn(1500, 0.05, 0)
+        for name, (prevalence, brighter) in {"prevalence": (0.12, 0.0), "look": (0.12, 0.4)}.items():
+            here, _, others = drawn(800, prevalence, brighter)
+            p = mixture_p(there, positive, patients, here, others)
+            assert p is not None
+            refused[name] += p < 0.05
+    assert refused["prevalence"] <= 8
+    assert refused["look"] >= 50
+    assert mixture_p(np.full(9, 0.5), np.arange(9) < 3, np.arange(9), np.full(5, 0.5), np.arange(5)) is None
 
 
 def test_interval_of_the_estimated_prevalence_covers() -> None:
@@ -155,7 +199,7 @@ def test_a_finding_that_validation_lacks_or_has_one_class_of() -> None:
         "Hernia": "no threshold: not in the validation scores",
     }
     kinds = found["calibration"]["kinds"]
-    for kind in ("calibrated", "prior_shift", "oracle"):
+    for kind in ("calibrated", "prior_shift", "prior_shift_checked", "oracle"):
         assert kinds[kind]["findings"]["Mass"]["reason"] == "not calibrated: no positives on validation"
         assert kinds[kind]["findings"]["Hernia"]["reason"] == "not calibrated: not in the validation scores"
         assert kinds[kind]["findings"]["Hernia"]["ece"] == kinds["raw"]["findings"]["Hernia"]["ece"]
@@ -241,6 +285,6 @@ def test_reference_predictions_judged_with_half_of_the_patients_as_validation(re
     kinds = found["calibration"]["kinds"]
     assert kinds["calibrated"]["mean"]["ece"] < 0.8 * kinds["raw"]["mean"]["ece"]
     assert kinds["calibrated"]["mean"]["brier"] < kinds["raw"]["mean"]["brier"]
-    assert not any(one["moved"] for one in kinds["prior_shift"]["findings"].values())
+    assert not any(one["moved"] for one in kinds["prior_shift_checked"]["findings"].values())
     assert 0.83 < found["discrimination"]["mean"]["auroc"]["value"] < 0.85
     assert found["subgroups"]["view"]["PA"]["n_images"] + found["subgroups"]["view"]["AP"]["n_images"] == 11_371
