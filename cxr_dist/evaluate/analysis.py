@@ -55,6 +55,7 @@ def analyse(
         "n_patients": len(np.unique(scores.patient_ids)),
         "findings": list(scores.findings),
         "bootstrap": {"resamples": bootstrap, "seed": seed, "unit": "patient", "level": 0.95},
+        "note": scores.note or None,
         "validation": _described(scores, validation),
         "discrimination": _discrimination(found),
         "operating_points": _operating_points(scores, validation, points, found),

@@ -68,16 +68,18 @@ def grid(
     height: float = 2.15,
     left: float = 0.72,
     gap: tuple[float, float] = (0.22, 0.42),
+    above: float = 0.34,
+    own_x: bool = False,
     own_y: bool = False,
 ) -> tuple[Figure, list[Axes]]:
     """A figure of so many panels (sizes in inches), with a title, the lines of `key` under it, and shared axis labels.
 
-    Tick labels stand at the left and under the last panel of a column; with `own_y` at every panel, for axes that differ.
+    Tick labels stand at the left and under the last panel of a column; with `own_x`, `own_y` at every panel, for axes that differ.
     """
     columns = max(1, min(columns, num_panels))
     rows = math.ceil(num_panels / columns)
     gap_x, gap_y = gap
-    top, bottom, right = 0.42 + 0.2 * len(key) + 0.34, 0.62, 0.2
+    top, bottom, right = 0.42 + 0.2 * len(key) + above, 0.62, 0.2
     total_x = max(left + columns * width + (columns - 1) * gap_x + right, 6.0)
     total_y = top + rows * height + (rows - 1) * gap_y + bottom
     figure = Figure(figsize=(total_x, total_y), dpi=_DPI, facecolor="white")
@@ -96,7 +98,7 @@ def grid(
             length=3,
             color=CHANCE,
             labelleft=own_y or column == 0,
-            labelbottom=number + columns >= num_panels,
+            labelbottom=own_x or number + columns >= num_panels,
         )
         cells.append(axes)
     figure.text(
@@ -124,9 +126,9 @@ def ticks(num: int, *, whole: bool = False) -> MaxNLocator:
     return MaxNLocator(num, steps=[1, 2, 5, 10], integer=whole)
 
 
-def head(axes: Axes, finding: str) -> None:
-    """A panel's title, in ink: the colour beneath only repeats it."""
-    axes.set_title(shown(finding), fontsize=10, color=INK, pad=5)
+def head(axes: Axes, finding: str, *, pad: float = 5) -> None:
+    """A panel's title, in ink: the colour beneath only repeats it. `pad`: points between the two."""
+    axes.set_title(shown(finding), fontsize=10, color=INK, pad=pad)
 
 
 def blank(axes: Axes, reason: str | None) -> None:
