@@ -292,9 +292,11 @@ def test_job_compares_scored_images_with_the_test_list(tmp_path: Path, capsys: p
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ((), "found neither or both of --scores and --checkpoint"),
-        (("--scores", "a", "--checkpoint", "b"), "found neither or both of --scores and --checkpoint"),
+        ((), "found none or several of --scores, --checkpoint and --xrv"),
+        (("--scores", "a", "--checkpoint", "b"), "found none or several of --scores, --checkpoint and --xrv"),
         (("--checkpoint", "b", "--validation-scores", "c"), "--validation-scores goes with --scores"),
+        (("--xrv", "densenet121-res224-nih"), "found one of --xrv and --xrv-weights, expected both"),
+        (("--xrv", "x", "--xrv-weights", "y"), "data.uri: found nothing"),
         (("--scores", "missing.parquet"), "missing.parquet: no such file"),
         (("--scores", "missing.csv", "--data.labels", "labels.csv"), "data.labels: no file at labels.csv"),
         (("--scores", "x", "--split", "train"), "split"),
