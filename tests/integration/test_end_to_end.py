@@ -4,6 +4,8 @@ Real radiographs where they are present, drawn ones in a clone without them. One
 trained for all tests of this file; what is asserted comes from the MLflow server and the object store.
 """
 
+import json
+import re
 from collections.abc import Iterator
 
 import mlflow.artifacts
@@ -32,6 +34,7 @@ ARTIFACTS = {
     "config.yaml",
     "scores.parquet",
     "split_audit.json",
+    "saliency.json",
 }
 
 
@@ -67,7 +70,8 @@ def test_a_submitted_run_ends_with_everything_in_mlflow(trained, client, manifes
     ]
     assert {"train/images_per_s", "train/data_wait_fraction", "train/lr"} <= set(found.data.metrics)
     assert {"train/head_of_line_s", "train/rank_skew_fraction"} <= set(found.data.metrics)
-    assert 0 < found.data.metrics["train/read_mb"] <= result["read_mb"]  # validation ends the run, after the last steps
+    # validation ends the run, after the last steps; the result is rounded to hundredths
+    assert 0 < found.data.metrics["train/read_mb"] <= result["read_mb"] + 0.005
     assert any(name.startswith("system/node0") for name in found.data.metrics)
     assert found.data.tags["mlflow.source.git.commit"] == COMMIT
     assert found.data.tags["test_evaluation"] == "number 1 of this experiment"
@@ -96,6 +100,17 @@ def test_the_logged_scores_are_every_test_row_and_give_the_logged_auroc(trained,
         found = trained.result["test_auroc"][finding]
         if found is not None:
             assert found == pytest.approx(roc_auc_score(table.labels_NK[:, k], table.logits_NK[:, k]), abs=1e-12)
+
+
+def test_heat_maps_of_the_surest_images_are_logged(trained, client, tmp_path):
+    mlflow.artifacts.download_artifacts(
+        run_id=trained.result["run_id"], dst_path=str(tmp_path), tracking_uri=client.tracking_uri
+    )
+    found = json.loads((tmp_path / "saliency.json").read_text())
+    assert found["error"] is None
+    shown = {image["overlay"] for image in found["images"] if image["overlay"]}
+    assert shown
+    assert {str(path.relative_to(tmp_path)) for path in (tmp_path / "saliency").rglob("*.png")} == shown
 
 
 def test_no_credential_of_the_servers_is_in_the_log_or_in_mlflow(trained, client, full_stack, tmp_path):
@@ -170,14 +185,20 @@ def test_a_run_that_fails_is_failed_in_mlflow(jobs, train, client, ingested):
     assert "loss became" in found.data.tags["failure"]
 
 
-def test_evaluate_judges_a_checkpoint_as_the_run_did(jobs, trained):
+def test_evaluate_judges_a_checkpoint_as_the_run_did(jobs, trained, manifest):
+    image_id = manifest.rows("test")["image_id"][0].as_py()
+    boxes = f"Image Index,Finding Label,Bbox [x,y,w,h],,,\n{image_id},Effusion,225.08,547,86.8,79.2\n"
+    storage.put_atomic("s3://cxr/boxes.csv", boxes.encode())
     job = run(
         jobs,
         f"python jobs/evaluate.py --checkpoint {trained.result['checkpoint']} --split test --data.uri s3://cxr/nih"
-        " --data.size 64 --train.cpus_per_worker 0.5 --evaluate.bootstrap 0",
+        " --data.size 64 --train.cpus_per_worker 0.5 --evaluate.bootstrap 0"
+        " --evaluate.boxes s3://cxr/boxes.csv",
     )
     assert job.status == JobStatus.SUCCEEDED, job.logs[-6000:]
     assert job.result["auroc"] == trained.result["test_auroc"]
+    assert re.search(r"^finding +boxes +pointing", job.logs, re.MULTILINE)
+    assert re.search(r"^Effusion +1 +[01]\.000 ", job.logs, re.MULTILINE)
 
 
 @pytest.mark.parametrize(
