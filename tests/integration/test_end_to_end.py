@@ -23,6 +23,7 @@ ARTIFACTS = {
     "figures",
     "report.html",
     "run_record.json",
+    "evaluation.json",
     "classification_report.json",
     "classification_report.md",
     "auroc.csv",
