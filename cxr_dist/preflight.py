@@ -4,8 +4,6 @@ import difflib
 import logging
 import os
 import threading
-import urllib.error
-import urllib.request
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -18,14 +16,16 @@ from mlflow.exceptions import MlflowException
 from cxr_dist import storage
 from cxr_dist.capacity import check_resources, wants_gpu, world_sizes
 from cxr_dist.config import Config, flatten
+from cxr_dist.data.boxes import given_boxes
 from cxr_dist.data.images import PIXELS_VERSION
 from cxr_dist.data.manifest import MANIFEST, Manifest
 from cxr_dist.errors import ConfigError, DataError, InputError
 from cxr_dist.evaluate.second_labels import read_second_labels
-from cxr_dist.experiment import absolute_uri
+from cxr_dist.experiment import absolute_uri, no_answer
 from cxr_dist.scrub import refuse_secrets, scrub
 
 __all__ = [
+    "check_boxes",
     "check_dataset",
     "check_positives",
     "check_resources",
@@ -42,7 +42,6 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-ANSWER_S = 5.0
 """Longest wait for the first answer of a tracking server, seconds."""
 DEADLINE_S = 20.0
 """Longest wait for a tracking server to look up the experiment, or a database to log in, seconds."""
@@ -58,6 +57,7 @@ def run(config: Config) -> Manifest:
     manifest = check_dataset(config)
     check_positives(manifest, config)
     check_second_labels(config)
+    check_boxes(config, manifest)
     world_sizes(config, manifest.row_group)
     check_tracking(config)
     check_storage(config)
@@ -184,6 +184,19 @@ def check_positives(manifest: Manifest, config: Config) -> None:
             )
 
 
+def check_boxes(config: Config, manifest: Manifest) -> None:
+    """The boxes at `evaluate.boxes`, if any, can be read, and are of the dataset's images."""
+    boxes = given_boxes(config.evaluate)
+    if not boxes:
+        return
+    ids = {image_id for split in manifest.splits for image_id in manifest.rows(split)["image_id"].to_pylist()}
+    if not any(box.image_id in ids for box in boxes):
+        raise DataError(
+            f"evaluate.boxes: found {len(boxes)} boxes in {storage.shown(config.evaluate.boxes)} (first {boxes[0].image_id}), none "
+            f"of an image in {storage.shown(manifest.uri)}, expected some; give the boxes of that release, or leave it empty"
+        )
+
+
 def _check_sqlite(uri: str) -> None:
     path = Path(uri.removeprefix("sqlite:///"))
     if path.is_dir() or not path.parent.is_dir():
@@ -200,14 +213,9 @@ def _check_sqlite(uri: str) -> None:
 
 def _check_server(uri: str, experiment: str) -> None:
     mend = "start it (mlflow server) or correct tracking.uri"
-    try:
-        urllib.request.urlopen(f"{uri}/health", timeout=ANSWER_S).close()  # noqa: S310 - the scheme is http or https
-    except urllib.error.HTTPError as error:
-        if error.code >= 500:
-            raise InputError(f"tracking.uri: {uri} answers with HTTP status {error.code}; {mend}") from None
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "reason", error)
-        raise InputError(f"tracking.uri: no MLflow server answers at {uri} ({reason}); {mend}") from None
+    reason = no_answer(uri)
+    if reason:
+        raise InputError(f"tracking.uri: {reason}; {mend}")
     try:
         _within(DEADLINE_S, lambda: MlflowClient(uri).get_experiment_by_name(experiment))
     except (MlflowException, TimeoutError) as error:

@@ -23,6 +23,7 @@ from cxr_dist.data.resident import DamagedFeatures
 from cxr_dist.errors import InputError, RunError
 from cxr_dist.evaluate import report, scores
 from cxr_dist.evaluate.inference import score_split
+from cxr_dist.evaluate.saliency import add_saliency
 from cxr_dist.evaluate.second_labels import read_second_labels
 from cxr_dist.tracking import TrackedRun, open_run
 from cxr_dist.train.cache import Cache, prepare_features
@@ -196,6 +197,7 @@ def evaluate(
         calibration=job.config.evaluate.calibration,
     )
     print(report.table(found))
+    add_saliency(folder, job.config, checkpoint, judged, validation)
     if corrupt:
         (folder / "corrupt_images.json").write_text(json.dumps(corrupt, indent=1))
     tracked.log_artifacts(folder)
