@@ -6,6 +6,7 @@ trained for all tests of this file; what is asserted comes from the MLflow serve
 
 import json
 import re
+from collections.abc import Iterator
 
 import mlflow.artifacts
 import numpy as np
@@ -15,7 +16,10 @@ from ray.job_submission import JobStatus
 from cxr_dist import storage
 from cxr_dist.data.manifest import Manifest
 from cxr_dist.evaluate import scores
-from tests.submitting import COMMIT, EPOCHS, find, run
+from tests.conftest import ROOT
+from tests.faultproxy import FaultProxy, fault_proxy
+from tests.policy import documented, held_to, needs
+from tests.submitting import COMMIT, EPOCHS, Submitted, find, run, submit, wait
 
 pytestmark = pytest.mark.slow
 
@@ -23,6 +27,7 @@ ARTIFACTS = {
     "figures",
     "report.html",
     "run_record.json",
+    "evaluation.json",
     "classification_report.json",
     "classification_report.md",
     "auroc.csv",
@@ -122,10 +127,36 @@ def test_no_credential_of_the_servers_is_in_the_log_or_in_mlflow(trained, client
         assert not [name for name, content in shown.items() if secret.encode() in content]
 
 
-def test_runs_from_features_are_the_run_without_and_share_what_is_whole(jobs, train, client, manifest):
-    flags = f"{train} --train.epochs 2 --train.views 1 --evaluate.test false --train.features_type fp32"
-    plain = run(jobs, f"{flags} --train.features off --run.name features-off")
-    kept = run(jobs, f"{flags} --train.features on --run.name features-on")
+@pytest.fixture(scope="module")
+def policed(full_stack) -> Iterator[FaultProxy]:
+    """The object store as one may use it under the policy of docs/security.md."""
+    policy = documented(ROOT / "docs" / "security.md", {"BUCKET": "cxr", "dataset": "nih"})
+    with fault_proxy(full_stack.env["AWS_ENDPOINT_URL"]) as proxy:
+        proxy.rule = held_to(policy)
+        yield proxy
+
+
+@pytest.fixture(scope="module")
+def with_features(jobs, train, manifest, policed) -> dict[str, Submitted]:
+    """The same run without kept features, with them, and with what the second kept; the first two at once."""
+    flags = f"{train} --train.epochs 2 --train.views 1 --train.features_type fp32"
+    env = {"AWS_ENDPOINT_URL": policed.url}
+    ids = {
+        "off": submit(jobs, f"{flags} --evaluate.test false --train.features off --run.name features-off"),
+        "on": submit(jobs, f"{flags} --train.features on --run.name features-on", env),
+    }
+    return {name: wait(jobs, job_id) for name, job_id in ids.items()}
+
+
+def test_a_run_needs_no_more_of_the_store_than_the_documented_policy(with_features, policed):
+    asked = {action for request in policed.seen for action, _, _ in needs(request)}
+    assert {"s3:GetObject", "s3:ListBucket", "s3:PutObject", "s3:DeleteObject"} <= asked
+    assert [request for request in policed.seen if request.status == 403] == []
+    assert with_features["on"].status == JobStatus.SUCCEEDED, with_features["on"].logs[-6000:]
+
+
+def test_runs_from_features_are_the_run_without_and_share_what_is_whole(jobs, train, client, manifest, with_features):
+    plain, kept = with_features["off"], with_features["on"]
     rows = {name: split.num_rows for name, split in manifest.splits.items()}
     assert kept.status == JobStatus.SUCCEEDED, kept.logs[-6000:]
     assert kept.result["features"]["computed"] == rows["train"] + rows["validation"]
@@ -137,6 +168,7 @@ def test_runs_from_features_are_the_run_without_and_share_what_is_whole(jobs, tr
     data = bytearray(storage.read_bytes(where))
     data[len(data) // 2] ^= 1
     storage.put_atomic(where, bytes(data))
+    flags = f"{train} --train.epochs 2 --train.views 1 --train.features_type fp32 --evaluate.test false"
     again = run(jobs, f"{flags} --train.features on --run.name features-again")
     assert again.status == JobStatus.SUCCEEDED, again.logs[-6000:]
     assert "00000.parquet: found another SHA-256 than the index has" in again.logs
