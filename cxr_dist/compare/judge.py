@@ -87,16 +87,11 @@ def judge(
     base = next(one for one in entries if one.name == reference)
     everybody = _findings(base, entries)
     shared = tuple(finding for finding in everybody if all(finding in one.scores.findings for one in entries))
-    differences = {}
-    for one in entries:
-        if one is not base:
-            try:
-                tables = align(one.scores, base.scores)
-                differences[one.name] = compare(*tables, bootstrap=bootstrap, seed=seed).to_json()
-            except DataError as error:
-                raise DataError(f"{one.name} and {reference}: {error}") from None
     if not shared:
         raise DataError("findings: found none that all models score, expected at least one; compare fewer models")
+    differences = {
+        one.name: _difference(one, base, shared, bootstrap=bootstrap, seed=seed) for one in entries if one is not base
+    }
     judged = [replace(one, scores=one.scores.with_findings(_in_order(one, everybody))) for one in entries]
     result = {
         "format": FORMAT,
@@ -140,6 +135,20 @@ def _check(entries: Sequence[Entry], reference: str, rule: str) -> None:
             check_disjoint(one.scores, one.validation)
         except DataError as error:
             raise DataError(f"{one.name}: {error}") from None
+
+
+def _difference(one: Entry, base: Entry, shared: tuple[str, ...], *, bootstrap: int, seed: int) -> dict[str, Any]:
+    """`compare` of every finding that both score; its means over those that all models score, as everywhere."""
+    try:
+        a, b = align(one.scores, base.scores)
+        found = compare(a, b, bootstrap=bootstrap, seed=seed).to_json()
+    except DataError as error:
+        raise DataError(f"{one.name} and {base.name}: {error}") from None
+    if set(a.findings) != set(shared):
+        means = compare(a.with_findings(shared), b.with_findings(shared), bootstrap=bootstrap, seed=seed).to_json()
+        for metric in ("auroc", "average_precision"):
+            found[metric]["mean"] = means[metric]["mean"]
+    return found
 
 
 def _findings(base: Entry, entries: Sequence[Entry]) -> tuple[str, ...]:

@@ -170,10 +170,26 @@ def test_a_finding_that_one_model_lacks_is_shown_and_in_no_mean() -> None:
     assert result["discrimination"]["b"]["Mass"]["auroc"]["value"] is not None
     means = {name: result["discrimination"][name]["mean"]["auroc"] for name in ("a", "b")}
     assert means["a"] == means["b"]
+    assert result["differences"]["b"]["auroc"]["mean"]["b"]["value"] == means["a"]["value"]
     assert "a does not score Mass" in " ".join(result["cautions"])
     assert "| Mass | – | 0." in markdown(result)
-    with pytest.raises(DataError, match="no finding in common"):
+    with pytest.raises(DataError, match="none that all models score"):
         judged(entry("a", scores.with_findings(("Mass",))), entry("b", less))
+
+
+def test_all_means_are_over_the_findings_that_all_models_score() -> None:
+    scores = table()
+    entries = (
+        entry("a", scores),
+        entry("b", noised(scores, "Mass")),
+        entry("c", scores.with_findings(("Effusion", "Nodule"))),
+    )
+    result = judged(*entries)
+    pair = result["differences"]["b"]["auroc"]
+    assert set(pair) == {*FINDINGS, "mean"}
+    assert pair["Mass"]["decision"] == "loss"
+    means = [result["discrimination"][name]["mean"]["auroc"]["value"] for name in "ab"]
+    assert pair["mean"]["difference"]["value"] == means[1] - means[0] == 0.0
 
 
 def test_three_models_without_a_finding_that_all_have() -> None:

@@ -325,4 +325,4 @@ def test_the_note_of_a_table_travels_with_it(tables: tuple[str, str], tmp_path: 
     write(dataclasses.replace(noised(table(), "Mass"), note="it may have seen them"), tables[1])
     result = compare_models(FAST, tables, out=tmp_path / "out")
     assert "b: it may have seen them" in result["cautions"]
-    assert "It may have seen them" in (tmp_path / "out/compare.html").read_text().replace("B: it", "It")
+    assert "b: it may have seen them" in (tmp_path / "out/compare.html").read_text()
