@@ -99,7 +99,9 @@ def difference_figure(result: Mapping[str, Any]) -> Figure:
 
 def _bar(cell: Axes, at: int, one: Mapping[str, Any] | None, colour: str) -> None:
     if one is None or one["difference"]["value"] is None:
-        cell.text(0, at, "undefined", ha="center", va="center", fontsize=8, color=MUTED)
+        said: Any = {"ha": "center", "va": "center", "fontsize": 8, "color": MUTED}
+        text = "not scored" if one is None else "undefined"
+        cell.text(0, at, text, bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.0}, zorder=2, **said)
         return
     value = one["difference"]
     if value["lower"] is not None:
