@@ -135,7 +135,7 @@ def test_torchxrayvision_is_scored_over_the_stream_and_compared(
     job = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(job)
     out = tmp_path / "xrv"
-    nothing = dict.fromkeys(("scores", "checkpoint", "validation_scores"))
+    nothing = dict.fromkeys(("scores", "checkpoint", "validation_scores", "run_folder"))
     args = argparse.Namespace(xrv=NAME, xrv_weights=weights, split="test", out=str(out), **nothing)
     report = job.main(config, args)
     json.dumps(report, allow_nan=False)

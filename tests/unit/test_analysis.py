@@ -12,6 +12,7 @@ from cxr_dist.errors import DataError
 from cxr_dist.evaluate.analysis import FORMAT, analyse, resampled
 from cxr_dist.evaluate.calibration import sigmoid
 from cxr_dist.evaluate.external import read_external
+from cxr_dist.evaluate.html import render
 from cxr_dist.evaluate.label_shift import estimate_prior, mixture_p, prior_interval
 from cxr_dist.evaluate.scores import ScoreTable
 from cxr_dist.evaluate.thresholds import RULES, fit
@@ -45,6 +46,14 @@ def analysed(scores: ScoreTable, validation: ScoreTable | None = VALIDATION, **m
     found = analyse(scores, validation, bootstrap=10, seed=0, **more)
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     return found
+
+
+def test_what_a_table_says_of_itself_is_said() -> None:
+    assert analysed(scored("test"))["note"] is None
+    noted = dataclasses.replace(scored("test"), note="it may have seen them")
+    assert analysed(noted)["note"] == "it may have seen them"
+    page = render(analysed(noted), title="x", thresholds_source="y", pictures={})
+    assert "<li>it may have seen them.</li>" in page
 
 
 def test_layout() -> None:

@@ -1,6 +1,9 @@
 """TorchXRayVision's models: the library's own outputs on the same pixels, ours by name, and weights that are refused."""
 
+import hashlib
 import importlib
+import os
+import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -13,6 +16,7 @@ import torch
 from cxr_dist.data.nih import LABEL_SETS
 from cxr_dist.errors import ConfigError, InputError
 from cxr_dist.evaluate import xrv
+from tests.conftest import ROOT
 from tests.releases import noise
 
 NAME = "densenet121-res224-nih"
@@ -112,6 +116,28 @@ def test_the_converters_file_loads_for_its_own_model_alone(
         InputError, match="the operating points of another model, expected those of densenet121-res224-pc"
     ):
         xrv.XrvNetwork("densenet121-res224-pc", str(tmp_path / "nih.pt"), ("Mass",), CPU)
+
+
+def test_the_converter_makes_a_state_dict_of_a_release_file(
+    library: ModuleType, state: dict[str, torch.Tensor], pixels: np.ndarray, tmp_path: Path
+) -> None:
+    """By the library's own loader, offline: the release file lies where the library keeps its downloads."""
+    model = library.models.DenseNet()
+    model.load_state_dict(state)
+    release = tmp_path / ".torchxrayvision/models_data" / Path(library.models.model_urls[NAME]["weights_url"]).name
+    release.parent.mkdir(parents=True)
+    torch.save(model, release)
+    out = tmp_path / "nih.pt"
+    command = [sys.executable, str(ROOT / "infra/xrv_state_dict.py"), NAME, str(out)]
+    done = subprocess.run(
+        command, env={**os.environ, "HOME": str(tmp_path)}, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split() == [hashlib.sha256(out.read_bytes()).hexdigest(), str(out)]
+    found = xrv.XrvNetwork(NAME, str(out), LABEL_SETS["nih8"], CPU).score(pixels)
+    targets = library.models.model_urls[NAME]["labels"]
+    columns = [targets.index(finding) for finding in LABEL_SETS["nih8"]]
+    np.testing.assert_allclose(found, own(library, state, NAME, pixels)[:, columns], atol=1e-6, rtol=0)
 
 
 def test_a_release_file_is_not_unpickled(library: ModuleType, tmp_path: Path) -> None:
