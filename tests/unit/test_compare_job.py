@@ -207,6 +207,21 @@ def test_tables_of_other_programs_with_the_labels_of_one_csv(tmp_path: Path, cap
     assert "data.labels" in capsys.readouterr().err
 
 
+def test_findings_and_images_that_nobody_knows(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    scores = own_patients(table())
+    labels = release(tmp_path, scores.select(np.arange(240) > 0))
+    write(scores, tmp_path / "ours.parquet")
+    theirs = external(tmp_path / "theirs.csv", scores)
+    (tmp_path / "odd.csv").write_text(Path(theirs).read_text().replace("prob_Mass", "prob_Masss"))
+    for wrong, sentence in (
+        (theirs, "1 of 240 image ids have no label, first '00000000_000.png'"),
+        (str(tmp_path / "odd.csv"), "column 'prob_Masss' is no finding, the nearest is 'Mass'"),
+    ):
+        arguments = (wrong, str(tmp_path / "ours.parquet"), "--out", str(tmp_path / "out"), "--data.labels", labels)
+        assert run(*arguments) == 2
+        assert sentence in capsys.readouterr().err
+
+
 def test_labels_that_are_not_the_tables_own(tmp_path: Path) -> None:
     scores = own_patients(table())
     write(scores, tmp_path / "a.parquet")
