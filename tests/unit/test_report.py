@@ -19,6 +19,7 @@ from cxr_dist.errors import DataError
 from cxr_dist.evaluate.figures import COLOURS
 from cxr_dist.evaluate.report import AVERAGES, table, write_report
 from cxr_dist.evaluate.scores import ScoreTable, read, write
+from cxr_dist.evaluate.thresholds import RULES
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 FINDINGS = ("Effusion", "Mass", "Hernia")
@@ -124,7 +125,7 @@ def test_a_finding_undefined_on_validation_falls_back_and_is_named(tmp_path: Pat
     labels[:, 1] = False
     result = write_report(tmp_path, scored("test"), dataclasses.replace(validation, labels_NK=labels), bootstrap=0)
     assert result["thresholds"]["used"]["Mass"] == 0.5
-    assert result["thresholds"]["findings"]["Mass"] == {"youden": None, "f1": None}
+    assert result["thresholds"]["findings"]["Mass"] == dict.fromkeys(RULES)
     assert "(0.5 for Mass: undefined there)" in result["thresholds"]["source"]
 
 
