@@ -20,6 +20,7 @@ __all__ = ["Initial", "calibrate", "initial", "load", "read_tensors", "restore",
 
 StateDict = dict[str, Tensor]
 
+
 def initial(weights: str, *, num_findings: int, seed: int) -> Initial:
     """The starting state that `model.weights` names; InputError if it is not there or not a DenseNet121."""
     if weights == "random":

@@ -22,6 +22,7 @@ import torch
 
 from cxr_dist.data.images import PIXELS_VERSION, ImageError
 from cxr_dist.errors import InputError
+from cxr_dist.evaluate.calibration import Calibration
 from cxr_dist.model.initial import read_tensors, restore
 from cxr_dist.model.network import Network
 from cxr_dist.serve.pixels import to_pixels
@@ -46,6 +47,8 @@ class Served:
         self.facts = read_facts(self.folder)
         self.findings: tuple[str, ...] = tuple(self.facts["findings"])
         self.version: str = self.facts["model_version"]
+        found = self.facts["calibration"]
+        self.calibration = None if found is None else Calibration.from_json(found)
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         initial = restore(*_file(self.folder / "initial.pt"))
         self.network = Network.restore(initial, _checkpoint(self.folder), self.device)
@@ -70,7 +73,8 @@ class Served:
 
     def pixels(self, images: Iterable[Any]) -> tuple[npt.NDArray[np.uint8], list[str | None]]:
         """uint8 [N, S, S] of those that can be read, and for each image why it cannot, or None."""
-        readable, reasons = [], []
+        readable: list[npt.NDArray[np.uint8]] = []
+        reasons: list[str | None] = []
         for image in images:
             try:
                 readable.append(to_pixels(image, self.facts["size"]))
@@ -84,10 +88,6 @@ class Served:
         """[N, findings], in fixed chunks: an image's do not depend on its neighbours."""
         with self._alone:
             return self.network.score(pixels_NSS)
-
-    def calibrated(self, raw_NK: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-        """Calibrated probabilities of the network's; the same where validation allowed none."""
-        return raw_NK
 
     def thresholds(self, rule: str) -> dict[str, float | None]:
         """The probability from which each finding is flagged; None: the rule has none for it."""
@@ -107,7 +107,7 @@ class Served:
         readable = np.array([reason is None for reason in reasons], np.bool_)
         with np.errstate(over="ignore"):  # of a logit below -700 the probability is 0 all the same
             raw_NK = 1 / (1 + np.exp(-logits_NK.astype(np.float64)))
-        calibrated_NK = self.calibrated(raw_NK)
+        calibrated_NK = raw_NK if self.calibration is None else self.calibration.apply(logits_NK)
         columns: dict[str, Any] = {"status": np.where(readable, OK, UNREADABLE).tolist(), "reason": reasons}
         for k, finding in enumerate(self.findings):
             threshold = thresholds[finding]
@@ -137,7 +137,9 @@ def _checkpoint(folder: Path) -> dict[str, Any]:
     [entry] = json.loads(index.read_text())["checkpoints"]
     data, name = _file(folder / "checkpoints" / entry["file"])
     if hashlib.sha256(data).hexdigest() != entry["sha256"]:
-        raise InputError(f"{name}: found other bytes than were saved, expected SHA-256 {entry['sha256']}; fetch it again")
+        raise InputError(
+            f"{name}: found other bytes than were saved, expected SHA-256 {entry['sha256']}; fetch it again"
+        )
     return read_tensors(data, name)
 
 

@@ -55,10 +55,10 @@ def _from_npy(encoded: bytes) -> npt.NDArray[Any]:
     """The array of an NPY file, whose header is asked before there is room for it; no Python objects."""
     file = io.BytesIO(encoded)
     try:
-        read = _VERSIONS.get(np.lib.format.read_magic(file))
-        if read is None:
-            raise ImageError("an NPY file of another version than 1.0 and 2.0")
-        shape, by_column, dtype = read(file)
+        version = np.lib.format.read_magic(file)
+        shape, by_column, dtype = _VERSIONS[version](file)
+    except KeyError:
+        raise ImageError(f"an NPY file of version {version}, expected 1.0 or 2.0") from None
     except (ValueError, EOFError) as error:
         raise ImageError(f"broken NPY header ({' '.join(str(error).split())[:100]})") from None
     if dtype != np.uint8:
