@@ -16,8 +16,9 @@ from cxr_dist.cli import run_job
 from cxr_dist.config import Config
 from cxr_dist.data import nih
 from cxr_dist.errors import ConfigError, DataError
+from cxr_dist.evaluate.external import read_external
 from cxr_dist.evaluate.report import table, write_report
-from cxr_dist.evaluate.scores import ScoreTable, read, read_external
+from cxr_dist.evaluate.scores import ScoreTable, read
 
 
 def add_flags(parser: Any) -> None:

@@ -15,7 +15,8 @@ from sklearn.metrics import classification_report
 
 from cxr_dist.errors import DataError
 from cxr_dist.evaluate import figures
-from cxr_dist.evaluate.metrics import Metric, Metrics, measure, pr_curve, roc_curve, thin
+from cxr_dist.evaluate.bootstrap import measure
+from cxr_dist.evaluate.metrics import Metric, Metrics, pr_curve, roc_curve, thin
 from cxr_dist.evaluate.scores import ScoreTable, write
 from cxr_dist.evaluate.thresholds import DEFAULT_THRESHOLD, fit
 
