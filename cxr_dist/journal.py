@@ -1,4 +1,4 @@
-"""What workers log: metrics through a journal, and the use of their node.
+"""The metrics that a run's writers log, through a journal of their own.
 
 Metrics are local first: every record is in a file before anyone tries to send it, so no server can stop training; nor can
 a full disk, which only costs that copy. The file is JSON lines: a header (`format`, `run_id`), then one record a line
@@ -14,8 +14,6 @@ import json
 import logging
 import os
 import re
-import stat
-import tempfile
 import threading
 import time
 from collections import deque
@@ -25,21 +23,17 @@ from typing import Any
 
 from mlflow import MlflowClient
 from mlflow.entities import Metric
-from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
 from cxr_dist.errors import DataError
 from cxr_dist.scrub import scrub
 
 __all__ = [
     "MetricJournal",
-    "SystemMetrics",
     "dump",
     "load",
     "num_missing",
-    "private_folder",
     "send_records",
     "send_unsent",
-    "start_system_metrics",
 ]
 
 FORMAT = "cxr-dist-metrics/1"
@@ -223,57 +217,9 @@ def load(content: bytes, name: str, run_id: str | None = None) -> list[dict[str,
     return records
 
 
-def private_folder(name: str) -> Path:
-    """A folder under the system's temporary one that is this user's alone: the same one each time, or, if somebody else has
-    made one of that name, a new one. On a disk that takes no more it is not there, which journals do without."""
-    folder = Path(tempfile.gettempdir(), name)
-    try:
-        folder.mkdir(mode=0o700)
-    except FileExistsError:
-        pass
-    except OSError:
-        return folder
-    found = folder.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
-        return Path(tempfile.mkdtemp(prefix=f"{name}-"))
-    folder.chmod(0o700)
-    return folder
-
-
 def num_missing(records: Iterable[Mapping[str, Any]], tracking_uri: str, run_id: str) -> int:
     """How many metric values of the records the server lacks; nothing is sent."""
     return len(_Sender(tracking_uri, run_id).fresh(records))
-
-
-class SystemMetrics:
-    """CPU, memory, disk, network and GPU use of this node, written to a run as system/<node>/… until stopped.
-
-    MLflow's monitor ends by itself when the server is gone or the run is no longer RUNNING.
-    """
-
-    def __init__(self, monitor: SystemMetricsMonitor) -> None:
-        self._monitor = monitor
-
-    @property
-    def alive(self) -> bool:
-        """Whether samples are still taken."""
-        thread = self._monitor._process
-        return thread is not None and thread.is_alive()
-
-    def stop(self, timeout_s: float = 5.0) -> None:
-        """Stop and send the last samples; never raises, never waits longer than `timeout_s` seconds."""
-        stopping = threading.Thread(target=self._monitor.finish, daemon=True)
-        stopping.start()
-        stopping.join(timeout_s)
-
-
-def start_system_metrics(tracking_uri: str, run_id: str, node_id: str, *, interval_s: float = 10.0) -> SystemMetrics:
-    """Sample this node every `interval_s` seconds; one call a node, from its first rank."""
-    monitor = SystemMetricsMonitor(
-        run_id, sampling_interval=interval_s, resume_logging=True, node_id=node_id, tracking_uri=tracking_uri
-    )
-    monitor.start()
-    return SystemMetrics(monitor)
 
 
 class _Sender:

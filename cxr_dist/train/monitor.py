@@ -10,7 +10,8 @@ from cxr_dist import unsent
 from cxr_dist.data.plan import Step
 from cxr_dist.data.resident import ResidentFeed
 from cxr_dist.data.stream import Stream
-from cxr_dist.journal import MetricJournal, private_folder
+from cxr_dist.folders import private_folder
+from cxr_dist.journal import MetricJournal
 from cxr_dist.train.distributed import Ranks
 from cxr_dist.train.job import TrainJob
 from cxr_dist.train.progress import Progress

@@ -50,7 +50,7 @@ class NodeMonitor:
     """The actor on one node; it starts with a process of its own, so that a dead server blocks nobody."""
 
     def __init__(self, tracking_uri: str, run_id: str, name: str):
-        from cxr_dist.journal import start_system_metrics
+        from cxr_dist.system_metrics import start_system_metrics
 
         logging.getLogger("mlflow").setLevel(logging.WARNING)
         self.metrics = start_system_metrics(tracking_uri, run_id, name)

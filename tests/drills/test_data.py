@@ -18,7 +18,7 @@ from cxr_dist import storage
 from cxr_dist.data.manifest import Manifest
 from cxr_dist.data.synth import write_release
 from tests.drills.conftest import Drill
-from tests.drills.test_drivers import is_the_undisturbed_run, steps_logged
+from tests.drills.runs import is_the_undisturbed_run, steps_logged
 from tests.submitting import Submitted, find, run
 
 pytestmark = pytest.mark.slow
@@ -89,8 +89,11 @@ def with_text(encoded: bytes, text: bytes) -> bytes:
     )
 
 
-def corrupt_images(client: MlflowClient, name: str, folder: Path) -> dict[str, str]:
-    """The run's unreadable images and why, as its artifact tells."""
+def corrupt_images(job: Submitted, client: MlflowClient, name: str, folder: Path) -> dict[str, str]:
+    """The finished run's unreadable images and why, as its artifact tells."""
+    assert job.status == JobStatus.SUCCEEDED, job.logs[-4000:]
+    assert job.result["corrupt_images"], job.logs[-8000:]
+    assert not job.result["tracking_missed"], job.logs[-8000:]
     [found] = find(client, name)
     where = download_artifacts(
         run_id=found.info.run_id,
@@ -171,8 +174,7 @@ def test_unreadable_images(
         path.write_bytes(path.read_bytes()[:100] + os.urandom(path.stat().st_size - 100))
     command = f"{train} --data.uri s3://cxr/unreadable --data.encoding png {QUICK}"
     job = run(jobs, f"{command} --run.name drill-fewer --data.max_corrupt 0.1")
-    assert job.status == JobStatus.SUCCEEDED, job.logs[-3000:]
-    assert set(corrupt_images(client, "drill-fewer", tmp_path)) == set(hurt)
+    assert set(corrupt_images(job, client, "drill-fewer", tmp_path)) == set(hurt)
     assert steps_logged(client, "drill-fewer") == list(range(1, job.result["steps"] + 1))
     job = run(jobs, f"{command} --run.name drill-more --data.max_corrupt 0.001")
     assert job.status == JobStatus.FAILED
@@ -210,9 +212,8 @@ def test_image_kills_its_decoder(
     drill.hurt()
     command = f"{train} --data.uri s3://cxr/killer --data.encoding png --data.max_corrupt 0.1 {QUICK}"
     job = run(jobs, f"{command} --run.name drill-killer", env)
-    assert job.status == JobStatus.SUCCEEDED, job.logs[-4000:]
+    named = corrupt_images(job, client, "drill-killer", tmp_path)
     assert (tmp_path / "killed-once").exists()
-    named = corrupt_images(client, "drill-killer", tmp_path)
     assert named == {killer: "decoder killed by signal 11"}
     assert steps_logged(client, "drill-killer") == list(range(1, job.result["steps"] + 1))
     drill.outcome = "FINISHED, the one image named; the other trained on"

@@ -1,78 +1,19 @@
 """What becomes of a run whose driver or worker is hurt, on a real Ray head, S3, Postgres and MLflow."""
 
-import itertools
 import os
 import re
 import signal
 import time
-from collections.abc import Callable
 
-import psutil
 import pytest
 from mlflow import MlflowClient
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from tests.drills.conftest import Drill
-from tests.submitting import Submitted, find, run, still_running, submit, wait
+from tests.drills.runs import back_at, begin, driver_of, go_on, is_the_undisturbed_run, steps_logged
+from tests.submitting import Submitted, find, run, submit, wait
 
 pytestmark = pytest.mark.slow
-
-EQUAL = ("samples_sha256", "weights_sha256", "test_auroc", "best_val_auroc", "steps", "epochs")
-"""What an interruption must not change in a run's result."""
-
-
-def steps_logged(client: MlflowClient, name: str) -> list[int]:
-    return [
-        point.step for run in find(client, name) for point in client.get_metric_history(run.info.run_id, "train/loss")
-    ]
-
-
-def has_logged(client: MlflowClient, name: str, steps: int) -> Callable[[], bool]:
-    return lambda: len(steps_logged(client, name)) >= steps
-
-
-def driver_of(name: str) -> psutil.Process:
-    """The process of the driver of a run, not the shell that started it."""
-    found = [
-        process
-        for process in psutil.process_iter(["cmdline"])
-        if (line := process.info["cmdline"]) and "python" in line[0] and "jobs/train.py" in line and name in line
-    ]
-    assert len(found) == 1, found
-    return found[0]
-
-
-def first_after(client: MlflowClient, name: str, steps: int, since: float = 0.0) -> float | None:
-    """When the first step after so many was logged, if that was after `since`, seconds since 1970; None if there is none.
-
-    What an earlier attempt logged and could not send comes with its own times.
-    """
-    [found] = find(client, name)
-    points = client.get_metric_history(found.info.run_id, "train/loss")
-    times = [point.timestamp / 1000 for point in points if point.step > steps]
-    return min((when for when in times if when > since), default=None)
-
-
-def back_at(client: MlflowClient, name: str, hurt_at: float) -> float:
-    """When steps came again after what happened at `hurt_at`: the end of the longest pause since; seconds since 1970.
-
-    The first steps after a fault may still be of the ranks that it is about to end.
-    """
-    [found] = find(client, name)
-    points = client.get_metric_history(found.info.run_id, "train/loss")
-    times = [hurt_at, *sorted(point.timestamp / 1000 for point in points if point.timestamp / 1000 > hurt_at)]
-    return max(itertools.pairwise(times), key=lambda pair: pair[1] - pair[0])[1]
-
-
-def is_the_undisturbed_run(job: Submitted, trained: Submitted, client: MlflowClient, name: str) -> None:
-    """Same images, same weights, same scores; one MLflow run, FINISHED, with every step once."""
-    assert job.status == JobStatus.SUCCEEDED, job.logs[-6000:]
-    for key in EQUAL:
-        assert job.result[key] == trained.result[key], key
-    [found] = find(client, name)
-    assert found.info.status == "FINISHED"
-    assert "failure" not in found.data.tags
-    assert steps_logged(client, name) == list(range(1, job.result["steps"] + 1))
 
 
 @pytest.mark.drill(
@@ -82,8 +23,8 @@ def test_worker_killed(
     drill: Drill, jobs: JobSubmissionClient, train: str, client: MlflowClient, trained: Submitted
 ) -> None:
     name = "drill-worker"
-    job_id = submit(jobs, f"{train} --run.name {name} --train.checkpoint_every_steps 1")
-    running = still_running(wait(jobs, job_id, until=has_logged(client, name, 2)))
+    command = f"{train} --run.name {name} --train.checkpoint_every_steps 1"
+    job_id, running = begin(jobs, client, name, command, steps=2)
     drill.hurt()
     os.kill(int(re.findall(r"RayTrainWorker pid=(\d+)", running.logs)[-1]), signal.SIGKILL)
     job = wait(jobs, job_id)
@@ -103,8 +44,7 @@ def test_driver_killed(
 ) -> None:
     name = "drill-driver"
     command = f"{train} --run.name {name} --train.checkpoint_every_steps 1"
-    job_id = submit(jobs, command)
-    still_running(wait(jobs, job_id, until=has_logged(client, name, 2)))
+    job_id, _ = begin(jobs, client, name, command, steps=2)
     drill.hurt()
     driver_of(name).kill()
     assert wait(jobs, job_id).status == JobStatus.FAILED
@@ -118,13 +58,7 @@ def test_driver_killed(
     [found] = find(client, name)
     assert found.info.status == "FAILED"
     assert "the driver was lost" in found.data.tags["failure"]
-    done = len(steps_logged(client, name))
-
-    again = time.time()
-    job = run(jobs, command)
-    assert "resumed from step" in job.logs
-    is_the_undisturbed_run(job, trained, client, name)
-    drill.recovered(first_after(client, name, done, again))
+    go_on(drill, jobs, client, name, command, trained)
     drill.outcome = "FAILED, then FINISHED, the same weights"
 
 
@@ -135,8 +69,7 @@ def test_driver_told_to_stop(
 ) -> None:
     name = "drill-stop"
     command = f"{train} --run.name {name} --train.checkpoint_every_steps 0"
-    job_id = submit(jobs, command)
-    still_running(wait(jobs, job_id, until=has_logged(client, name, 1)))
+    job_id, _ = begin(jobs, client, name, command, steps=1)
     drill.hurt()
     driver_of(name).terminate()
     stopped = wait(jobs, job_id)
@@ -146,14 +79,8 @@ def test_driver_told_to_stop(
     [stored] = re.findall(r"checkpoint before step (\d+) now: the driver was told to stop", stopped.logs)
     [found] = find(client, name)
     assert found.info.status == "KILLED"
-    done = len(steps_logged(client, name))
-
-    again = time.time()
-    job = run(jobs, command)
-    [resumed] = re.findall(r"resumed from step (\d+)", job.logs)[:1]
-    assert int(resumed) >= int(stored)  # or from the end of the epoch, if the ranks came to it before they were ended
-    is_the_undisturbed_run(job, trained, client, name)
-    drill.recovered(first_after(client, name, done, again))
+    resumed = go_on(drill, jobs, client, name, command, trained)
+    assert resumed >= int(stored)  # or from the end of the epoch, if the ranks came to it before they were ended
     drill.outcome = f"KILLED, then FINISHED, the same weights; went on from step {resumed}"
 
 
@@ -163,19 +90,13 @@ def test_job_stopped(
 ) -> None:
     name = "drill-job-stop"
     command = f"{train} --run.name {name} --train.checkpoint_every_steps 1"
-    job_id = submit(jobs, command)
-    still_running(wait(jobs, job_id, until=has_logged(client, name, 2)))
+    job_id, _ = begin(jobs, client, name, command, steps=2)
     drill.hurt()
     jobs.stop_job(job_id)
     assert wait(jobs, job_id).status == JobStatus.STOPPED
     [found] = find(client, name)
     assert found.info.status == "KILLED"
-    done = len(steps_logged(client, name))
-    again = time.time()
-    job = run(jobs, command)
-    assert "resumed from step" in job.logs
-    is_the_undisturbed_run(job, trained, client, name)
-    drill.recovered(first_after(client, name, done, again))
+    go_on(drill, jobs, client, name, command, trained)
     drill.outcome = "KILLED, then FINISHED, the same weights"
 
 
@@ -186,8 +107,7 @@ def test_second_driver(
 ) -> None:
     name = "drill-second"
     command = f"{train} --run.name {name} --train.epochs 12"
-    first = submit(jobs, command)
-    still_running(wait(jobs, first, until=has_logged(client, name, 1)))
+    first, _ = begin(jobs, client, name, command, steps=1)
     drill.hurt()
     second = run(jobs, command)
     assert second.exit_code == 2
@@ -210,8 +130,7 @@ def test_sleeping_driver(
 ) -> None:
     name = "drill-sleeper"
     command = f"{train} --run.name {name} --train.checkpoint_every_steps 1"
-    first = submit(jobs, command)
-    still_running(wait(jobs, first, until=has_logged(client, name, 1)))
+    first, _ = begin(jobs, client, name, command, steps=1)
     sleeper = driver_of(name)
     drill.hurt()
     sleeper.suspend()

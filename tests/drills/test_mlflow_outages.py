@@ -8,9 +8,9 @@ from mlflow import MlflowClient
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from tests.drills.conftest import Drill
-from tests.drills.test_drivers import EQUAL, has_logged, is_the_undisturbed_run, steps_logged
+from tests.drills.runs import EQUAL, begin, is_the_undisturbed_run, steps_logged
 from tests.integration.test_tracking_server import Server
-from tests.submitting import TRAIN, Submitted, find, run, still_running, submit, wait
+from tests.submitting import TRAIN, Submitted, find, run, still_running, wait
 
 pytestmark = pytest.mark.slow
 
@@ -33,8 +33,7 @@ def found_report(client: MlflowClient, name: str) -> bool:
 @pytest.mark.long
 def test_mlflow_gone_for_a_while(drill: Drill, jobs: JobSubmissionClient, server: Server, trained: Submitted) -> None:
     name, client = "drill-mlflow-back", MlflowClient(server.uri)
-    job_id = submit(jobs, f"{TRAIN} --run.name {name} --tracking.uri {server.uri}")
-    still_running(wait(jobs, job_id, until=has_logged(client, name, 2)))
+    job_id, _ = begin(jobs, client, name, f"{TRAIN} --run.name {name} --tracking.uri {server.uri}", steps=2)
     drill.hurt()
     server.kill()
     still_running(wait(jobs, job_id, until=lambda: "MLflow does not take metrics" in jobs.get_job_logs(job_id)))
@@ -51,8 +50,7 @@ def test_mlflow_gone_for_a_while(drill: Drill, jobs: JobSubmissionClient, server
 )
 def test_mlflow_gone_for_good(drill: Drill, jobs: JobSubmissionClient, server: Server, trained: Submitted) -> None:
     name, client = "drill-mlflow-gone", MlflowClient(server.uri)
-    job_id = submit(jobs, f"{TRAIN} --run.name {name} --tracking.uri {server.uri}")
-    still_running(wait(jobs, job_id, until=has_logged(client, name, 2)))
+    job_id, _ = begin(jobs, client, name, f"{TRAIN} --run.name {name} --tracking.uri {server.uri}", steps=2)
     drill.hurt()
     server.kill()
     job = wait(jobs, job_id)

@@ -8,9 +8,9 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 
 from infra.local.stack import Stack
 from tests.drills.conftest import Drill
-from tests.drills.test_drivers import back_at, has_logged, is_the_undisturbed_run, steps_logged
+from tests.drills.runs import back_at, begin, is_the_undisturbed_run, steps_logged
 from tests.nodes import Node
-from tests.submitting import Submitted, find, still_running, submit, wait
+from tests.submitting import Submitted, find, still_running, wait
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]
 
@@ -37,8 +37,9 @@ def test_node_replaced(
 ) -> None:
     name = "drill-node-replaced"
     with Node(full_stack, 3) as node:
-        job_id = submit(jobs, f"{train} {A_NODE_EACH} --run.name {name} --train.checkpoint_every_steps 1")
-        still_running(wait(jobs, job_id, until=has_logged(client, name, 2)))
+        job_id, _ = begin(
+            jobs, client, name, f"{train} {A_NODE_EACH} --run.name {name} --train.checkpoint_every_steps 1", steps=2
+        )
         drill.hurt()
         node.kill()
         with Node(full_stack, 3):
@@ -59,8 +60,7 @@ def test_node_lost(
     name = "drill-node-lost"
     command = f"{train} {A_NODE_EACH} --run.name {name} --train.num_workers [1,2] --train.epochs 60 --train.patience 0"
     with Node(full_stack, 3) as node:
-        job_id = submit(jobs, command)
-        still_running(wait(jobs, job_id, until=has_logged(client, name, 2)))
+        job_id, _ = begin(jobs, client, name, command, steps=2)
         assert world_sizes(client, name) == [2]
         drill.hurt()
         node.kill()

@@ -13,10 +13,10 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 
 from infra.local.stack import Stack
 from tests.drills.conftest import Drill
-from tests.drills.test_drivers import back_at, has_logged, is_the_undisturbed_run, steps_logged
+from tests.drills.runs import back_at, begin, is_the_undisturbed_run, steps_logged
 from tests.drills.test_nodes import A_NODE_EACH
 from tests.nodes import Node
-from tests.submitting import Submitted, find, run, still_running, submit, wait
+from tests.submitting import Submitted, find, run, still_running, wait
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]
 
@@ -29,10 +29,8 @@ def test_rank_hangs(
     drill: Drill, jobs: JobSubmissionClient, train: str, client: MlflowClient, trained: Submitted
 ) -> None:
     name = "drill-hang"
-    job_id = submit(
-        jobs, f"{train} --run.name {name} --train.checkpoint_every_steps 1 --train.process_group_timeout_s 20"
-    )
-    running = still_running(wait(jobs, job_id, until=has_logged(client, name, 2)))
+    command = f"{train} --run.name {name} --train.checkpoint_every_steps 1 --train.process_group_timeout_s 20"
+    job_id, running = begin(jobs, client, name, command, steps=2)
     pid = int(re.findall(r"RayTrainWorker pid=(\d+)", running.logs)[-1])
     drill.hurt()
     os.kill(pid, signal.SIGSTOP)
@@ -68,8 +66,7 @@ def test_node_drained(
     name = "drill-drain"
     with Node(full_stack, 3) as node:
         flags = "--train.checkpoint_every_steps 0 --train.epochs 60 --train.patience 0"
-        job_id = submit(jobs, f"{train} {A_NODE_EACH} {flags} --run.name {name}")
-        still_running(wait(jobs, job_id, until=has_logged(client, name, 2)))
+        job_id, _ = begin(jobs, client, name, f"{train} {A_NODE_EACH} {flags} --run.name {name}", steps=2)
         drill.hurt()
         drain(full_stack, node)
         told = still_running(wait(jobs, job_id, until=lambda: "is about to be taken away" in jobs.get_job_logs(job_id)))

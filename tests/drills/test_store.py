@@ -11,9 +11,9 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 
 from infra.local.stack import Stack
 from tests.drills.conftest import Drill
-from tests.drills.test_drivers import back_at, has_logged, is_the_undisturbed_run
+from tests.drills.runs import back_at, begin, go_on, is_the_undisturbed_run
 from tests.faultproxy import Fault, FaultProxy, Rule, Seen, fault_proxy
-from tests.submitting import Submitted, find, run, still_running, submit, wait
+from tests.submitting import Submitted, find, run, wait
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]
 
@@ -113,8 +113,9 @@ def test_store_gone_for_a_while(
 ) -> None:
     name = "drill-store-back"
     env = {"AWS_ENDPOINT_URL": proxy.url}
-    job_id = submit(jobs, f"{train} --run.name {name} --train.checkpoint_every_steps 1", env)
-    still_running(wait(jobs, job_id, until=has_logged(client, name, 2)))
+    job_id, _ = begin(
+        jobs, client, name, f"{train} --run.name {name} --train.checkpoint_every_steps 1", steps=2, env=env
+    )
     drill.hurt()
     proxy.rule = lambda request: GONE
     threading.Timer(30.0, lambda: setattr(proxy, "rule", lambda request: None)).start()
@@ -136,8 +137,7 @@ def test_store_gone_for_good(
     name = "drill-store-gone"
     env = {"AWS_ENDPOINT_URL": proxy.url}
     command = f"{train} --run.name {name} --train.checkpoint_every_steps 1"
-    job_id = submit(jobs, command, env)
-    still_running(wait(jobs, job_id, until=has_logged(client, name, 2)))
+    job_id, _ = begin(jobs, client, name, command, steps=2, env=env)
     drill.hurt()
     proxy.rule = lambda request: GONE
     job = wait(jobs, job_id, deadline_s=560)
@@ -146,6 +146,5 @@ def test_store_gone_for_good(
     assert found.info.status == "FAILED"
     took = time.time() - drill.hurt_at
     proxy.rule = lambda request: None
-    job = run(jobs, command, env)
-    is_the_undisturbed_run(job, trained, client, name)
+    go_on(drill, jobs, client, name, command, trained, env)
     drill.outcome = f"FAILED after {took:.0f} s ({found.data.tags['failure'][:80]}…), then FINISHED, the same weights"

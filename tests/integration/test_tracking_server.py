@@ -13,8 +13,9 @@ from mlflow import MlflowClient
 
 from cxr_dist.config import Config, RunConfig, TrackingConfig
 from cxr_dist.environment import SETTINGS as CLIENT_ENVIRONMENT
-from cxr_dist.journal import MetricJournal, send_unsent, start_system_metrics
+from cxr_dist.journal import MetricJournal, send_unsent
 from cxr_dist.preflight import check_tracking
+from cxr_dist.system_metrics import start_system_metrics
 from cxr_dist.tracking import open_run
 
 DRIVER = """

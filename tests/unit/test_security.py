@@ -28,7 +28,8 @@ from cxr_dist import cluster, writes
 from cxr_dist.data import archives, manifest, nih, tables
 from cxr_dist.errors import DataError, InputError
 from cxr_dist.evaluate import external
-from cxr_dist.journal import MetricJournal, private_folder
+from cxr_dist.folders import private_folder
+from cxr_dist.journal import MetricJournal
 from cxr_dist.model import weights
 from cxr_dist.predict.model import find_model
 from cxr_dist.train.checkpoint import Checkpoints, load_checkpoint
