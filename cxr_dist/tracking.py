@@ -165,6 +165,11 @@ class TrackedRun:
             raise FileNotFoundError(f"{folder}: expected a folder to keep with the run")
         self._tell(writes.artifacts(Path(folder), artifact_path))
 
+    def log_model(self, folder: str | Path, wish: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Log an MLflow model's folder, as a version if that is wished (`registry.publish.Wish`); what became of it. None
+        if the server did not take it: it is told again at the end, or by `jobs/sync.py`."""
+        return self._tell(writes.model(Path(folder), wish))
+
     def log_dataset(
         self, name: str, digest: str, source_uri: str, profile: Mapping[str, object], *, context: str = "training"
     ) -> None:
@@ -245,15 +250,16 @@ class TrackedRun:
         if "failure" in run.data.tags:
             self._client.delete_tag(run_id, "failure")
 
-    def _tell(self, write: Write) -> None:
-        """Tell the server now, or later if it does not take it."""
+    def _tell(self, write: Write) -> dict[str, Any] | None:
+        """Tell the server now, or later if it does not take it; what came of it, None in the latter case."""
         try:
             if not self.held:
                 raise RuntimeError("the server was away when the run began")
-            write.do(self._client, self.run_id)
+            return write.do(self._client, self.run_id)
         except Exception as error:  # noqa: BLE001 - servers and artifact stores fail in every way; a trained model is worth more
             self._miss(write.what, error)
             self._again.append(write)
+            return None
 
     def _tell_again(self) -> None:
         """What failed while the run was open, once more: the server may be back."""

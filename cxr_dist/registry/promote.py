@@ -1,5 +1,7 @@
 """The champion of a registered model: moved only to a version that is better on validation, by a test that resamples patients.
 
+Better means a higher mean AUROC, by `evaluate.paired` (two-sided p below 0.05, one question, nothing to correct for).
+
 Both versions' validation scores lie with their checkpoints. They must be of the same images with the same labels: else
 there is nothing to decide, and that is said. Test scores are never looked at. Each decision is written to the version's
 tags, whichever way it went. Two promotions of one model at the same moment are not kept apart by MLflow: the alias is
@@ -10,7 +12,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
@@ -21,11 +22,9 @@ from cxr_dist.evaluate.scores import ScoreTable
 from cxr_dist.predict.model import find_model
 from cxr_dist.train.checkpoint import find_checkpoint
 
-__all__ = ["ALIAS", "LEVEL", "Decision", "champion_of", "promote", "validation_of"]
+__all__ = ["ALIAS", "Decision", "champion_of", "promote", "validation_of"]
 
 ALIAS = "champion"
-LEVEL = 0.05
-"""A version is better if the two-sided p is below this and the difference above zero."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,19 +66,19 @@ class Decision:
 def promote(client: MlflowClient, name: str, number: str, *, bootstrap: int, seed: int) -> Decision:
     """Decide about a version, write the decision to it, and move the alias if it is to be moved.
 
-    InputError if there is no such version, if either has no validation scores, or if they are not of the same images; it
-    is written too, and the alias stays.
+    What cannot be compared (no validation scores, other images) is a decision too: it is written, and the alias stays.
+    InputError if the alias was moved by somebody else meanwhile.
     """
     version, champion = f"{name}/{number}", champion_of(client, name)
     try:
         decision = _decide(client, version, champion, bootstrap, seed)
     except InputError as error:
-        refused = Decision(version=version, champion=champion, promoted=False, reason=f"not compared: {error}")
-        _write(client, refused)
-        raise
+        decision = Decision(version=version, champion=champion, promoted=False, reason=f"not compared: {error}")
     if decision.promoted:
         if champion_of(client, name) != champion:
-            raise InputError(f"{name}@{ALIAS}: found another champion than at first, {champion or 'none'}; promote again")
+            raise InputError(
+                f"{name}@{ALIAS}: found another champion than at first, {champion or 'none'}; promote again"
+            )
         client.set_registered_model_alias(name, ALIAS, number)
     if decision.version != champion:  # what was once decided of the champion stays with it
         _write(client, decision)
@@ -114,11 +113,29 @@ def _decide(client: MlflowClient, version: str, champion: str, bootstrap: int, s
     if version == champion:
         return Decision(version=version, champion=champion, promoted=False, reason="it is the champion already")
     if not champion:
-        return Decision(version=version, champion="", promoted=True, reason="the first: there was no champion to compare with")
+        return Decision(
+            version=version, champion="", promoted=True, reason="the first: there was no champion to compare with"
+        )
     holder = validation_of(client, champion)
     _check_same(version, challenger, champion, holder)
-    found = paired.compare(challenger, holder, bootstrap=bootstrap, seed=seed)
-    raise NotImplementedError(found)
+    found = paired.compare(*paired.align(challenger, holder), bootstrap=bootstrap, seed=seed).auroc["mean"]
+    better = found.decision == "win"
+    if found.decision is None:
+        reason = f"undecided: {found.reason or f'{bootstrap} resamples are too few; raise evaluate.bootstrap'}"
+    else:
+        reason = f"validation mean AUROC {found.difference.value:+.4f} against {champion} (p = {found.p:.2g}, {len(challenger):,} images)"
+        reason = f"{'better' if better else 'not better'}: {reason}"
+    lower, upper = found.difference.interval or (None, None)
+    return Decision(
+        version=version,
+        champion=champion,
+        promoted=better,
+        reason=reason,
+        difference=found.difference.value,
+        lower=lower,
+        upper=upper,
+        p=found.p,
+    )
 
 
 def _check_same(version: str, challenger: ScoreTable, champion: str, holder: ScoreTable) -> None:
@@ -126,20 +143,23 @@ def _check_same(version: str, challenger: ScoreTable, champion: str, holder: Sco
     for name, table in ((version, challenger), (champion, holder)):
         if table.split != "validation":
             raise InputError(f"models:/{name}: found scores of split {table.split!r}, expected validation; never test")
-    if challenger.findings != holder.findings:
+    if set(challenger.findings) != set(holder.findings):
         raise InputError(
             f"models:/{version}: found the findings {', '.join(challenger.findings)}, expected those of the champion {champion}, "
             f"{', '.join(holder.findings)}; register it under another name (tracking.registered_model)"
         )
-    ours, theirs = np.argsort(challenger.image_ids), np.argsort(holder.image_ids)
-    same = len(ours) == len(theirs) and np.array_equal(challenger.image_ids[ours], holder.image_ids[theirs])
-    if not (same and np.array_equal(challenger.labels_NK[ours], holder.labels_NK[theirs])):
-        common = len(np.intersect1d(challenger.image_ids, holder.image_ids))
+    ours, theirs = _truth(challenger), _truth(holder.with_findings(challenger.findings))
+    if ours != theirs:
         raise InputError(
-            f"models:/{version}: found {len(challenger):,} validation images with their labels, expected those of the champion "
-            f"{champion} ({len(holder):,}; {common:,} in common): versions of another dataset cannot be compared; train on "
-            f"the champion's, or register under another name (tracking.registered_model)"
+            f"models:/{version}: found {len(ours):,} validation images, expected those of the champion {champion} with the same "
+            f"labels ({len(theirs):,}; {len(ours & theirs):,} in common): versions of another dataset cannot be compared; train "
+            "on the champion's, or register under another name (tracking.registered_model)"
         )
+
+
+def _truth(table: ScoreTable) -> set[tuple[str, bytes]]:
+    """Each image with its labels."""
+    return {(name, labels.tobytes()) for name, labels in zip(table.image_ids.tolist(), table.labels_NK, strict=True)}
 
 
 def _write(client: MlflowClient, decision: Decision) -> None:

@@ -18,7 +18,7 @@ from mlflow.models.model import MLMODEL_FILE_NAME
 
 from cxr_dist.registry.promote import promote
 
-__all__ = ["SHA256", "Wish", "publish"]
+__all__ = ["SHA256", "Wish", "publish", "told"]
 
 SHA256 = "model_sha256"
 """Tag of logged models and versions: what decides their output."""
@@ -46,7 +46,8 @@ class Wish:
 def publish(client: MlflowClient, run_id: str, folder: Path, wish: Wish) -> dict[str, Any]:
     """Do what is wished, as far as it is not done: {"model": URI, "version": NAME/NUMBER or None, "promotion": … or None}.
 
-    Raises what the server or its artifact store raises; InputError if a comparison that is asked for cannot be made.
+    Raises what the server or its artifact store raises. A comparison with the champion that cannot be made is no failure:
+    the model is there, `promotion` says why it is not the champion, and so do the version's tags.
     """
     logged = _logged(client, run_id, folder, wish)
     done: dict[str, Any] = {"model": f"models:/{logged.model_id}", "version": None, "promotion": None}
@@ -57,6 +58,15 @@ def publish(client: MlflowClient, run_id: str, folder: Path, wish: Wish) -> dict
             decision = promote(client, wish.name, str(version.version), bootstrap=wish.bootstrap, seed=wish.seed)
             done["promotion"] = decision.summary()
     return done
+
+
+def told(done: Mapping[str, Any]) -> str:
+    """What became of a model, in one line for people."""
+    line = f"model: {done['version'] or done['model']}"
+    decision = done["promotion"]
+    if decision is not None:
+        line += f", {'now' if decision['promoted'] else 'not'} the champion: {decision['reason']}"
+    return line
 
 
 def _logged(client: MlflowClient, run_id: str, folder: Path, wish: Wish) -> LoggedModel:
