@@ -1,7 +1,8 @@
 """Judge a model: scores in, report out (AUROC with intervals, thresholds from validation, figures, tables).
 
 python jobs/evaluate.py --checkpoint s3://bucket/runs/NAME --config jobs/configs/nih8.yaml --data.uri s3://bucket/nih8
-python jobs/evaluate.py --scores preds.csv --data.labels Data_Entry_2017_v2020.csv.gz
+python jobs/evaluate.py --scores preds.csv --data.labels Data_Entry_2017_v2020.csv.gz \\
+  --validation-scores validation.csv --evaluate.second_labels google2019_nih-chest-xray-labels.csv.gz
 """
 
 import argparse
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import pyarrow as pa
 
 from cxr_dist import storage
 from cxr_dist.cli import run_job
@@ -19,6 +21,7 @@ from cxr_dist.errors import ConfigError, DataError
 from cxr_dist.evaluate.external import read_external
 from cxr_dist.evaluate.report import table, write_report
 from cxr_dist.evaluate.scores import ScoreTable, read
+from cxr_dist.evaluate.second_labels import read_second_labels
 
 
 def add_flags(parser: Any) -> None:
@@ -37,14 +40,15 @@ def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
         raise ConfigError("evaluate: found neither or both of --scores and --checkpoint, expected one of them")
     if args.checkpoint and args.validation_scores:
         raise ConfigError("evaluate: --validation-scores goes with --scores; a checkpoint scores validation itself")
+    second = read_second_labels(config.evaluate.second_labels) if config.evaluate.second_labels else None
     dropped, missing = 0, None
     labels: dict[str, str] = {}
     validation: ScoreTable | None = None
     if args.checkpoint:
-        scores, validation = _score(config, args.checkpoint, args.split)
+        scores, validation, rows = _score(config, args.checkpoint, args.split)
         title = "/".join(storage.shown(args.checkpoint).rstrip("/").split("/")[-2:])
     else:
-        release = _read_labels(config)
+        rows = release = _read_labels(config)
         scores, dropped = _load(config, release, args.scores, args.split)
         if args.validation_scores:
             validation, _ = _load(config, release, args.validation_scores, "validation")
@@ -59,6 +63,9 @@ def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
         bootstrap=config.evaluate.bootstrap,
         seed=config.evaluate.bootstrap_seed,
         title=title,
+        rows=rows,
+        second=second,
+        calibration=config.evaluate.calibration,
     )
     print(table(report))
     if dropped:
@@ -71,9 +78,9 @@ def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     return {**report, "n_left_out": dropped, "n_missing": missing, "labels": labels, "out": str(args.out)}
 
 
-def _score(config: Config, checkpoint_uri: str, split: str) -> tuple[ScoreTable, ScoreTable | None]:
-    """The scores of a split by a checkpoint, and those of the run's validation split, for thresholds; None if the
-    dataset is not the run's."""
+def _score(config: Config, checkpoint_uri: str, split: str) -> tuple[ScoreTable, ScoreTable | None, pa.Table]:
+    """The scores of a split by a checkpoint, those of the run's validation split, for thresholds (None if the dataset is
+    not the run's), and the split's rows."""
     if not config.data.uri:
         raise ConfigError("data.uri: found nothing, expected the URI that jobs/ingest.py wrote the dataset to")
     import ray  # only this branch needs Ray and torch, which take seconds to import
@@ -89,13 +96,15 @@ def _score(config: Config, checkpoint_uri: str, split: str) -> tuple[ScoreTable,
     trained_on = load_checkpoint(checkpoint_uri)["manifest_sha256"]
     cluster.connect(2)
     use_gpu = wants_gpu(config, ray.cluster_resources())
-    if split == "test" and Manifest.load(uri).hash != trained_on:
+    manifest = Manifest.load(uri)
+    rows = manifest.rows(split)
+    if split == "test" and manifest.hash != trained_on:
         print("thresholds: 0.5, for this is not the dataset that the checkpoint was trained on")
-        return score_split(config, checkpoint_uri, split, use_gpu=use_gpu)[0], None
+        return score_split(config, checkpoint_uri, split, use_gpu=use_gpu)[0], None, rows
     validation, _ = score_split(config, checkpoint_uri, "validation", use_gpu=use_gpu)
     if split == "validation":
-        return validation, validation
-    return score_split(config, checkpoint_uri, split, use_gpu=use_gpu)[0], validation
+        return validation, validation, rows
+    return score_split(config, checkpoint_uri, split, use_gpu=use_gpu)[0], validation, rows
 
 
 def _read_labels(config: Config) -> Any:

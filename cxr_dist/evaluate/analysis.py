@@ -5,33 +5,26 @@ otherwise than to judge is called `oracle`. docs/evaluation.md describes the lay
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
 from cxr_dist.errors import DataError
 from cxr_dist.evaluate.bootstrap import Resamples, discrimination, resample
-from cxr_dist.evaluate.calibrate import calibrated, estimate_prior, fit_calibration
-from cxr_dist.evaluate.calibration import Calibration, FindingCalibration, shift_prior
-from cxr_dist.evaluate.operating import decision_curve, operating_point
-from cxr_dist.evaluate.reliability import BINNING, reliability
+from cxr_dist.evaluate.calibration_kinds import NO_VALIDATION, calibration_section
+from cxr_dist.evaluate.operating import operating_point
 from cxr_dist.evaluate.scores import ScoreTable
 from cxr_dist.evaluate.second_labels import SecondLabels, second_opinion
 from cxr_dist.evaluate.subgroups import no_finding, rows_of, subgroups
 from cxr_dist.evaluate.thresholds import DEFAULT_THRESHOLD, RULES, fit
 
-__all__ = ["FORMAT", "HALF", "analyse", "calibration_for", "check_disjoint", "resampled"]
+__all__ = ["FORMAT", "HALF", "analyse", "check_disjoint", "resampled"]
 
 FORMAT = "cxr-dist/evaluation/1"
 
 HALF = "half"
 """The rule of those who choose no threshold: 0.5 for every finding."""
-
-_NO_VALIDATION = "no validation scores were given"
-_KINDS = ("raw", "calibrated", "prior_shift", "oracle")
 
 
 def analyse(
@@ -65,7 +58,7 @@ def analyse(
         "validation": _described(scores, validation),
         "discrimination": _discrimination(found),
         "operating_points": _operating_points(scores, validation, points, found),
-        **_calibration(scores, validation, calibration),
+        **calibration_section(scores, validation, method=calibration, chosen_on=_chosen_on(scores, validation)),
         "subgroups": {} if mine is None else subgroups(scores, mine, youden, bootstrap=bootstrap, seed=seed),
         "no_finding": no_finding(scores, mine, youden, bootstrap=bootstrap, seed=seed),
         "second_labels": None if second is None else second_opinion(scores, second, bootstrap=bootstrap, seed=seed),
@@ -90,20 +83,10 @@ def check_disjoint(scores: ScoreTable, validation: ScoreTable | None) -> None:
         )
 
 
-def calibration_for(
-    findings: tuple[str, ...], validation: ScoreTable, method: Literal["platt", "isotonic"] = "platt"
-) -> Calibration:
-    """The calibration of these findings, in their order; those that validation has no scores of stay as they are."""
-    common = tuple(finding for finding in findings if finding in validation.findings)
-    fitted = fit_calibration(validation.with_findings(common), method)
-    absent = FindingCalibration(kind="identity", reason="not calibrated: not in the validation scores")
-    return replace(fitted, findings={finding: fitted.findings.get(finding, absent) for finding in findings})
-
-
 def _points(scores: ScoreTable, validation: ScoreTable | None) -> dict[str, list[float | None]]:
     """Rule → a threshold for each finding of `scores`."""
-    check_disjoint(scores, validation)
     fitted: dict[str, Any] = {} if validation is None else {**fit(validation)}
+    check_disjoint(scores, validation)
     points: dict[str, list[float | None]] = {
         rule: [(fitted.get(finding) or {}).get(rule) for finding in scores.findings] for rule in RULES
     }
@@ -124,7 +107,7 @@ def _described(scores: ScoreTable, validation: ScoreTable | None) -> dict[str, A
 
 def _chosen_on(scores: ScoreTable, validation: ScoreTable | None) -> str:
     if validation is None:
-        return f"nothing: {_NO_VALIDATION}"
+        return f"nothing: {NO_VALIDATION}"
     seen = ", which are the very images judged here" if scores.split == "validation" else ""
     return f"validation split, {len(validation):,} images{seen}"
 
@@ -162,98 +145,10 @@ def _operating_points(
 def _undefined(validation: ScoreTable | None, finding: str) -> str:
     """Why a rule has no threshold for a finding."""
     if validation is None:
-        return f"no threshold: {_NO_VALIDATION}"
+        return f"no threshold: {NO_VALIDATION}"
     if finding not in validation.findings:
         return "no threshold: not in the validation scores"
     positive = validation.labels_NK[:, validation.findings.index(finding)]
     if not positive.any() or positive.all():
         return f"no threshold: no {'negatives' if positive.any() else 'positives'} on validation"
     return "no threshold: no score on validation reaches the rate"
-
-
-def _calibration(
-    scores: ScoreTable, validation: ScoreTable | None, method: Literal["platt", "isotonic"]
-) -> dict[str, Any]:
-    """calibration and decision_curves."""
-    raw_NK = scores.probabilities_NK
-    if validation is None:
-        kinds = {"raw": _kind(scores, raw_NK, _labels("")["raw"], {}, {})}
-        curves = _decision_curves(scores, raw_NK, "as the model gave them")
-        said = {"method": None, "fitted_on": None, "binning": BINNING, "reason": _NO_VALIDATION, "kinds": kinds}
-        return {"calibration": said, "decision_curves": curves}
-    fitted = calibration_for(scores.findings, validation, method)
-    probabilities_NK = calibrated(scores, fitted).probabilities_NK
-    values = {"raw": raw_NK, "calibrated": probabilities_NK}
-    priors: dict[str, dict[str, float | None]] = {"raw": {}, "calibrated": {}, "prior_shift": {}, "oracle": {}}
-    reasons: dict[str, dict[str, str | None]] = {"raw": {}, "calibrated": {}, "prior_shift": {}, "oracle": {}}
-    for kind in ("prior_shift", "oracle"):
-        values[kind] = probabilities_NK.copy()
-    for k, (finding, one) in enumerate(fitted.findings.items()):
-        p = probabilities_NK[:, k]
-        priors["calibrated"][finding] = one.prior
-        for kind in _KINDS[1:]:
-            reasons[kind][finding] = one.reason
-        if one.prior is None or not len(p):
-            continue
-        observed = float(scores.labels_NK[:, k].mean())
-        for kind, target in (("prior_shift", estimate_prior(p, one.prior)), ("oracle", observed)):
-            priors[kind][finding] = target
-            if 0 < target < 1:
-                values[kind][:, k] = shift_prior(p, one.prior, target)
-            else:
-                reasons[kind][finding] = f"not shifted: a prevalence of {target:g} leaves nothing to predict"
-    labels = _labels(method)
-    kinds = {kind: _kind(scores, values[kind], labels[kind], priors[kind], reasons[kind]) for kind in _KINDS}
-    said = {
-        "method": method,
-        "fitted_on": _chosen_on(scores, validation),
-        "binning": BINNING,
-        "reason": None,
-        "kinds": kinds,
-    }
-    return {
-        "calibration": said,
-        "decision_curves": _decision_curves(scores, values["calibrated"], labels["calibrated"]),
-    }
-
-
-def _labels(method: str) -> dict[str, str]:
-    name = {"platt": "Platt scaling", "isotonic": "isotonic regression"}.get(method, "")
-    return {
-        "raw": "probabilities as the model gave them",
-        "calibrated": f"{name} fitted on validation",
-        "prior_shift": f"{name} fitted on validation, moved to the prevalence estimated from these scores without labels",
-        "oracle": f"oracle: {name} fitted on validation, moved to the prevalence of these very labels (no result)",
-    }
-
-
-def _kind(
-    scores: ScoreTable,
-    probabilities_NK: NDArray[np.float64],
-    label: str,
-    priors: dict[str, float | None],
-    reasons: dict[str, str | None],
-) -> dict[str, Any]:
-    findings = {
-        finding: {
-            **reliability(probabilities_NK[:, k], scores.labels_NK[:, k]),
-            "prior": priors.get(finding),
-            "reason": reasons.get(finding),
-        }
-        for k, finding in enumerate(scores.findings)
-    }
-
-    def mean(name: str) -> float | None:
-        values = [one[name] for one in findings.values() if one[name] is not None]
-        return float(np.mean(values)) if values else None
-
-    return {"label": label, "findings": findings, "mean": {"ece": mean("ece"), "brier": mean("brier")}}
-
-
-def _decision_curves(scores: ScoreTable, probabilities_NK: NDArray[np.float64], of: str) -> dict[str, Any]:
-    """Of the findings with positives."""
-    return {
-        finding: decision_curve(probabilities_NK[:, k], scores.labels_NK[:, k]) | {"probabilities": of}
-        for k, finding in enumerate(scores.findings)
-        if scores.labels_NK[:, k].any()
-    }

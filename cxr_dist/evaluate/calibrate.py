@@ -12,14 +12,16 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import expit
+from scipy.stats import norm
 from sklearn.isotonic import IsotonicRegression
 
 from cxr_dist.errors import DataError
 from cxr_dist.evaluate.calibration import Calibration, FindingCalibration, clipped, log_odds
 from cxr_dist.evaluate.metrics import undefined_reason
 from cxr_dist.evaluate.scores import ScoreTable
+from cxr_dist.evaluate.significance import patient_error
 
-__all__ = ["calibrated", "estimate_prior", "fit_calibration", "table_log_odds"]
+__all__ = ["calibrated", "estimate_prior", "fit_calibration", "prior_interval", "table_log_odds"]
 
 Floats = NDArray[np.float64]
 
@@ -92,6 +94,22 @@ def estimate_prior(probabilities: Floats, prior: float) -> float:
         middle = (low + high) / 2
         low, high = (middle, high) if slope(middle) > 0 else (low, middle)
     return (low + high) / 2
+
+
+def prior_interval(
+    probabilities: Floats, prior: float, estimate: float, patient_ids: NDArray[np.int64]
+) -> tuple[float, float]:
+    """95 % interval of `estimate_prior`'s estimate over patients (the calibration being held fixed), within 0 and 1.
+
+    The estimate is where the mean slope of the log likelihood is 0; its error is that mean's, with patients as the unit,
+    over the likelihood's curvature (the sandwich of Huber 1967).
+    """
+    present, absent = probabilities / prior, (1 - probabilities) / (1 - prior)
+    mixed = estimate * present + (1 - estimate) * absent
+    slopes = np.divide(present - absent, mixed, out=np.zeros_like(mixed), where=mixed > 0)
+    curvature = float(np.mean(slopes**2))
+    spread = norm.ppf(0.975) * patient_error(slopes, patient_ids) / curvature if curvature else 1.0
+    return max(0.0, float(estimate - spread)), min(1.0, float(estimate + spread))
 
 
 def _platt(x: Floats, positive: NDArray[np.bool_]) -> FindingCalibration | None:

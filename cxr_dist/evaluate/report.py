@@ -6,18 +6,20 @@ validation table only.
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 from numpy.typing import NDArray
 from sklearn.metrics import classification_report
 
-from cxr_dist.errors import DataError
 from cxr_dist.evaluate import figures
-from cxr_dist.evaluate.bootstrap import measure
+from cxr_dist.evaluate.analysis import analyse, check_disjoint, resampled
+from cxr_dist.evaluate.bootstrap import discrimination
 from cxr_dist.evaluate.metrics import Metric, Metrics, pr_curve, roc_curve, thin
 from cxr_dist.evaluate.scores import ScoreTable, write
+from cxr_dist.evaluate.second_labels import SecondLabels
 from cxr_dist.evaluate.thresholds import DEFAULT_THRESHOLD, fit
 
 __all__ = ["AVERAGES", "DEFAULT_THRESHOLD", "table", "write_report"]
@@ -34,10 +36,14 @@ def write_report(
     bootstrap: int = 1000,
     seed: int = 0,
     title: str = "Scores",
+    rows: pa.Table | None = None,
+    second: SecondLabels | None = None,
+    calibration: Literal["platt", "isotonic"] = "platt",
 ) -> dict[str, Any]:
     """Write the report of `scores` into a directory and return its numbers as plain JSON types, None where undefined.
 
-    Files: roc_curves.png, pr_curves.png; auroc.csv; classification_report.json and .md at the thresholds of Youden's J
+    Files: evaluation.json, all that is said of the scores (`analysis`), with sex, age and view from `rows` (the manifest's)
+    and another source's labels from `second` where they are given; roc_curves.png, pr_curves.png; auroc.csv; classification_report.json and .md at the thresholds of Youden's J
     on `validation` (0.5 without one); thresholds.json; curves.csv, each curve thinned to at most 2,000 points that
     keep its ends and its shape; scores.parquet, and validation_scores.parquet if given.
 
@@ -46,15 +52,27 @@ def write_report(
     """
     folder = Path(directory)
     thresholds = _thresholds(scores, validation)
-    metrics = measure(scores, bootstrap=bootstrap, seed=seed)
+    found = resampled(scores, validation, bootstrap=bootstrap, seed=seed)
+    metrics = discrimination(found)
     called_NK = scores.probabilities_NK >= np.array([thresholds["used"][finding] for finding in scores.findings])
-    rows = _classification(scores, called_NK, metrics)
-    report = _summary(scores, metrics, thresholds, rows)
+    classes = _classification(scores, called_NK, metrics)
+    report = _summary(scores, metrics, thresholds, classes)
+    evaluation = analyse(
+        scores,
+        validation,
+        rows=rows,
+        second=second,
+        bootstrap=bootstrap,
+        seed=seed,
+        calibration=calibration,
+        found=found,
+    )
 
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # which patients have what, by image
     _write_json(folder / "thresholds.json", thresholds)
-    _write_json(folder / "classification_report.json", rows)
-    (folder / "classification_report.md").write_text(_markdown(report, rows, title), encoding="utf-8")
+    _write_json(folder / "evaluation.json", evaluation)
+    _write_json(folder / "classification_report.json", classes)
+    (folder / "classification_report.md").write_text(_markdown(report, classes, title), encoding="utf-8")
     _auroc_frame(metrics).to_csv(folder / "auroc.csv", index=False)
     tables = [scores] if validation is None or validation.split == scores.split else [validation, scores]
     pd.concat([_curve_frame(one) for one in tables]).to_csv(folder / "curves.csv", index=False, float_format="%.7g")
@@ -95,12 +113,7 @@ def _thresholds(scores: ScoreTable, validation: ScoreTable | None) -> dict[str, 
     source = f"{DEFAULT_THRESHOLD} for every finding, for no validation scores were given"
     if validation is not None:
         findings = {**fit(validation)}
-        shared = np.intersect1d(scores.image_ids, validation.image_ids)
-        if scores.split != "validation" and len(shared):
-            raise DataError(
-                f"thresholds: {len(shared)} images are both in the {scores.split} scores and in the validation scores "
-                f"(first {shared[0]}); expected disjoint tables, thresholds must not see what they are judged on"
-            )
+        check_disjoint(scores, validation)
         source = f"Youden's J on the validation split, {len(validation):,} images"
         if scores.split == "validation":
             source += ", which are the very images judged here"

@@ -26,6 +26,7 @@ from cxr_dist.data.resident import DamagedFeatures
 from cxr_dist.errors import InputError, RunError
 from cxr_dist.evaluate import report, scores
 from cxr_dist.evaluate.inference import score_split
+from cxr_dist.evaluate.second_labels import read_second_labels
 from cxr_dist.registry.prepare import about, evaluation_in, prepare
 from cxr_dist.registry.publish import told
 from cxr_dist.tracking import TrackedRun, open_run
@@ -95,7 +96,7 @@ def train_as_owner(job: TrainJob, manifest: Manifest, lease: Lease) -> dict[str,
             corrupt = trained.pop("corrupt")
             result = {"run_id": tracked.run_id, "status": "FINISHED", "run_name": config.run.name, **trained}
             result["features"] = cache.summary()
-            result |= evaluate(tracked, job, corrupt, last_step=trained["steps"])
+            result |= evaluate(tracked, job, manifest, corrupt, last_step=trained["steps"])
             result["model"] = log_model(tracked, job, manifest, result)
         except InputError as error:
             # the input was accepted: what fails now (a store that went away) is the run's failure
@@ -164,7 +165,9 @@ def plain(config: Config) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
-def evaluate(tracked: TrackedRun, job: TrainJob, corrupt: dict[str, str], *, last_step: int) -> dict[str, Any]:
+def evaluate(
+    tracked: TrackedRun, job: TrainJob, manifest: Manifest, corrupt: dict[str, str], *, last_step: int
+) -> dict[str, Any]:
     """The report of the best checkpoint: on test with thresholds from validation, or on validation alone.
 
     `corrupt` names the unreadable images of training and validation; those of the test split are added.
@@ -188,6 +191,7 @@ def evaluate(tracked: TrackedRun, job: TrainJob, corrupt: dict[str, str], *, las
         scores.write(judged, storage.join(job.folder, "scores/test.parquet"))
         outcome["n_scored"]["test"] = len(judged)
     folder = local_folder("reports", job.config.run.name)
+    second = job.config.evaluate.second_labels
     found = report.write_report(
         folder,
         judged,
@@ -195,6 +199,9 @@ def evaluate(tracked: TrackedRun, job: TrainJob, corrupt: dict[str, str], *, las
         bootstrap=job.config.evaluate.bootstrap,
         seed=job.config.evaluate.bootstrap_seed,
         title=job.config.run.name,
+        rows=manifest.rows(judged.split),
+        second=read_second_labels(second) if second else None,
+        calibration=job.config.evaluate.calibration,
     )
     print(report.table(found))
     if corrupt:

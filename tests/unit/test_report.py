@@ -50,6 +50,7 @@ def test_files_and_result(tmp_path: Path) -> None:
         "classification_report.json",
         "classification_report.md",
         "curves.csv",
+        "evaluation.json",
         "pr_curves.png",
         "roc_curves.png",
         "scores.parquet",
