@@ -1,5 +1,7 @@
-"""MLflow experiments and the runs in them: the store's address, and runs that are created once."""
+"""MLflow experiments and the runs in them: the store's address, whether it answers, and runs that are created once."""
 
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 from mlflow import MlflowClient
@@ -8,13 +10,31 @@ from mlflow.exceptions import MlflowException
 
 from cxr_dist.errors import InputError
 
-__all__ = ["PENDING", "absolute_uri", "create_run"]
+__all__ = ["PENDING", "absolute_uri", "create_run", "no_answer"]
+
+ANSWER_S = 5.0
 
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 """Makes MLflow's UI open the experiment as model training, with its charts, and not as language-model traces."""
 
 PENDING = "pending-"
 """Beginning of the id of a run that MLflow does not have yet; its tag `pending_id` once it has."""
+
+
+def no_answer(tracking_uri: str) -> str | None:
+    """Why no MLflow server answers at an HTTP address, or None: one does, or the store is a database, which needs none.
+
+    One request, and none again: MLflow's client tries thrice, seconds apart.
+    """
+    if not tracking_uri.startswith(("http://", "https://")):
+        return None
+    try:
+        urllib.request.urlopen(f"{tracking_uri}/health", timeout=ANSWER_S).close()  # noqa: S310 - the scheme is http or https
+    except urllib.error.HTTPError as error:
+        return f"{tracking_uri} answers with HTTP status {error.code}" if error.code >= 500 else None
+    except (OSError, ValueError) as error:
+        return f"no MLflow server answers at {tracking_uri} ({getattr(error, 'reason', error)})"
+    return None
 
 
 def create_run(client: MlflowClient, tracking_uri: str, experiment: str, name: str, pending: str = "") -> str:

@@ -4,8 +4,6 @@ import difflib
 import logging
 import os
 import threading
-import urllib.error
-import urllib.request
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +20,7 @@ from cxr_dist.data.images import PIXELS_VERSION
 from cxr_dist.data.manifest import MANIFEST, Manifest
 from cxr_dist.errors import ConfigError, DataError, InputError
 from cxr_dist.evaluate.second_labels import read_second_labels
-from cxr_dist.experiment import absolute_uri
+from cxr_dist.experiment import absolute_uri, no_answer
 from cxr_dist.scrub import refuse_secrets, scrub
 
 __all__ = [
@@ -42,7 +40,6 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-ANSWER_S = 5.0
 """Longest wait for the first answer of a tracking server, seconds."""
 DEADLINE_S = 20.0
 """Longest wait for a tracking server to look up the experiment, or a database to log in, seconds."""
@@ -200,14 +197,9 @@ def _check_sqlite(uri: str) -> None:
 
 def _check_server(uri: str, experiment: str) -> None:
     mend = "start it (mlflow server) or correct tracking.uri"
-    try:
-        urllib.request.urlopen(f"{uri}/health", timeout=ANSWER_S).close()  # noqa: S310 - the scheme is http or https
-    except urllib.error.HTTPError as error:
-        if error.code >= 500:
-            raise InputError(f"tracking.uri: {uri} answers with HTTP status {error.code}; {mend}") from None
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "reason", error)
-        raise InputError(f"tracking.uri: no MLflow server answers at {uri} ({reason}); {mend}") from None
+    reason = no_answer(uri)
+    if reason:
+        raise InputError(f"tracking.uri: {reason}; {mend}")
     try:
         _within(DEADLINE_S, lambda: MlflowClient(uri).get_experiment_by_name(experiment))
     except (MlflowException, TimeoutError) as error:

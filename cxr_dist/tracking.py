@@ -25,7 +25,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_GIT_COMMIT
 from cxr_dist import unsent, writes
 from cxr_dist.config import Config
 from cxr_dist.errors import InputError
-from cxr_dist.experiment import PENDING, absolute_uri, create_run
+from cxr_dist.experiment import PENDING, absolute_uri, create_run, no_answer
 from cxr_dist.journal import MetricJournal
 from cxr_dist.scrub import scrub
 from cxr_dist.writes import Write
@@ -213,8 +213,7 @@ class TrackedRun:
 
     def _set_status(self, status: Status) -> None:
         try:
-            if self.run_id.startswith(PENDING):
-                raise RuntimeError("it does not have the run yet")
+            self._require_server()
             self._client.set_terminated(self.run_id, status)
         except Exception as error:  # noqa: BLE001 - as `_tell`
             self._miss(f"status {status}", error)
@@ -253,20 +252,30 @@ class TrackedRun:
     def _tell(self, write: Write) -> dict[str, Any] | None:
         """Tell the server now, or later if it does not take it; what came of it, None in the latter case."""
         try:
-            if not self.held:
-                raise RuntimeError("the server was away when the run began")
+            self._require_server()
             return write.do(self._client, self.run_id)
         except Exception as error:  # noqa: BLE001 - servers and artifact stores fail in every way; a trained model is worth more
             self._miss(write.what, error)
             self._again.append(write)
             return None
 
+    def _require_server(self) -> None:
+        """RuntimeError if the server has the run not open, or has missed something and still does not answer.
+
+        MLflow's client takes seconds over each request to a server that is away; a run's end has a dozen of them.
+        """
+        if not self.held:
+            raise RuntimeError("the server was away when the run began")
+        reason = no_answer(self.tracking_uri) if self.missed else None
+        if reason:
+            raise RuntimeError(scrub(reason))
+
     def _tell_again(self) -> None:
         """What failed while the run was open, once more: the server may be back."""
         again, self._again = self._again, []
         for write in again:
-            self.missed.remove(write.what)
             self._tell(write)
+            self.missed.remove(write.what)
 
     def _miss(self, what: str, error: Exception) -> None:
         self.missed.append(what)

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from cxr_dist import capacity, preflight
+from cxr_dist import capacity, experiment, preflight
 from cxr_dist.config import Config, DataConfig, ModelConfig, TrackingConfig, TrainConfig
 from cxr_dist.data.images import PIXELS_VERSION
 from cxr_dist.data.manifest import ROW_GROUPS_SCHEMA, Manifest, Shard, Split
@@ -167,7 +167,7 @@ class TestTracking:
         assert "the run begins all the same" in caplog.text
 
     def test_a_server_that_accepts_and_says_nothing(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(preflight, "ANSWER_S", 0.2)
+        monkeypatch.setattr(experiment, "ANSWER_S", 0.2)
         with socket.create_server(("127.0.0.1", 0)) as silent:
             uri = f"http://127.0.0.1:{silent.getsockname()[1]}"
             with pytest.raises(InputError, match=f"no MLflow server answers at {uri}"):

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from cxr_dist import unsent
+from cxr_dist import tracking, unsent
 from cxr_dist.config import Config, RunConfig, TrackingConfig
 from cxr_dist.errors import DataError, InputError
 from cxr_dist.experiment import PENDING
@@ -272,6 +272,31 @@ def test_what_a_server_missed_is_tried_again_at_the_end(
         monkeypatch.setattr(MlflowClient, "log_artifacts", whole)
     assert run.missed == []
     assert [file.path for file in client.list_artifacts(run.run_id)] == ["auroc.csv"]
+
+
+def test_a_server_that_is_away_is_only_asked_whether_it_is_back(
+    store: str, client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    whole = MlflowClient.log_batch
+
+    def away(_: MlflowClient, run_id: str, **__: object) -> None:
+        asked.append(run_id)
+        raise MlflowException("connection refused")
+
+    with _run(store, tmp_path) as run:
+        monkeypatch.setattr(MlflowClient, "log_batch", away)
+        monkeypatch.setattr(tracking, "no_answer", lambda uri: f"no MLflow server answers at {uri}")
+        for number in range(3):
+            run.set_tags({f"tag{number}": number})
+        assert len(asked) == 1
+        assert run.missed == ["tags"] * 3
+        monkeypatch.setattr(MlflowClient, "log_batch", whole)
+        monkeypatch.setattr(tracking, "no_answer", lambda uri: None)
+    assert run.missed == []
+    found = client.get_run(run.run_id)
+    assert [found.data.tags[f"tag{number}"] for number in range(3)] == ["0", "1", "2"]
+    assert found.info.status == "FINISHED"
 
 
 def test_what_a_server_missed_for_good_is_kept_with_the_run_and_told_later(
