@@ -65,7 +65,7 @@ def test_the_file_says_what_it_is(exported: tuple[Path, dict], run: str) -> None
 
 def test_a_difference_from_torch_is_no_export(run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "TOLERANCE", 0.0)
-    with pytest.raises(InputError, match="found probabilities that differ by .* between torch and onnxruntime"):
+    with pytest.raises(InputError, match=r"found probabilities that differ by .* between torch and onnxruntime"):
         export(run, tmp_path / "model.onnx")
     assert list(tmp_path.iterdir()) == []
 

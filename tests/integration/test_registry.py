@@ -2,9 +2,12 @@
 
 import dataclasses
 import json
+import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import mlflow.artifacts
 import numpy as np
@@ -12,7 +15,7 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import LoggedModelStatus
 
-from cxr_dist import storage
+from cxr_dist import storage, unsent
 from cxr_dist.config import Config, EvaluateConfig, RunConfig, TrackingConfig, TrainConfig
 from cxr_dist.environment import SETTINGS
 from cxr_dist.errors import ConfigError, InputError
@@ -23,6 +26,8 @@ from cxr_dist.registry import promote as promotion
 from cxr_dist.registry.card import About
 from cxr_dist.registry.prepare import prepare
 from cxr_dist.registry.publish import Wish, publish
+from cxr_dist.tracking import TrackedRun, open_run
+from cxr_dist.train import run as train_run
 from jobs import promote as job
 from tests.integration.test_tracking_server import Server
 from tests.predicting import NAMES, make_model
@@ -276,3 +281,71 @@ def test_a_logged_models_folder_can_be_loaded_by_its_uri(client: MlflowClient, r
     model = mlflow.pyfunc.load_model(found)
     assert model.metadata.model_id == logged.model_id
     assert model.predict(model.input_example)["status"].tolist() == ["ok"]
+
+
+def open_for(uri: str, folder: str, tmp_path: Path) -> TrackedRun:
+    config = Config(tracking=TrackingConfig(uri=uri, experiment="told"), run=RunConfig(name=Path(folder).name))
+    (tmp_path / "journals").mkdir()
+    return open_run(
+        config,
+        run_id=None,
+        params={},
+        tags={"run_folder": folder},
+        storage_dir=str(tmp_path / "journals"),
+        folder=folder,
+    )
+
+
+def test_a_model_that_the_server_missed_is_told_later(
+    client: MlflowClient, uri: str, runs: list[str], tmp_path: Path
+) -> None:
+    wish = wished(runs[POOR], tmp_path / "model", "missed", promote=True)
+    folder = str(tmp_path / "kept")
+    with open_for(uri, folder, tmp_path) as run:
+        run.held = False
+        assert run.log_model(tmp_path / "model", dataclasses.asdict(wish)) is None
+    assert "model missed" in run.missed
+    assert client.search_registered_models("name = 'missed'") == []
+    shutil.rmtree(tmp_path / "model")  # the machine is gone; what is kept is in the run's folder
+    unsent.send(folder, uri, run.run_id)
+    version = client.get_model_version_by_alias("missed", "champion")
+    assert version.run_id == run.run_id
+    with find_model("models:/missed@champion", uri) as model:
+        assert model.sha256 == wish.sha256
+    assert not unsent.waits(folder)
+
+
+@pytest.mark.parametrize("promote", [False, True])
+def test_a_training_run_ends_with_its_model(
+    client: MlflowClient, uri: str, runs: list[str], tmp_path: Path, promote: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    job, manifest = trained(uri, runs[POOR], promote=promote)
+    with open_for(uri, runs[POOR], tmp_path) as run:
+        done = train_run.log_model(run, job, manifest, {"artifacts": str(tmp_path)})
+    assert done is not None
+    logged = client.get_logged_model(done["model"].removeprefix("models:/"))
+    assert logged.tags["label_set"] == "nih14"
+    assert done["version"] == (f"of-run-{promote}/1" if promote else None)
+    assert not Path("outputs/models/run0/model").exists()
+
+
+def test_a_model_that_cannot_be_made_fails_no_run(
+    uri: str, runs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    job, manifest = trained(uri, str(tmp_path / "nothing"), promote=True)
+    with open_for(uri, runs[POOR], tmp_path) as run:
+        assert train_run.log_model(run, job, manifest, {"artifacts": str(tmp_path)}) is None
+    assert run.missed == []
+    assert "the model is not logged (" in caplog.text
+    assert "jobs/promote.py --run.name run0 does it" in caplog.text
+
+
+def trained(uri: str, folder: str, *, promote: bool) -> tuple[Any, Any]:
+    """What the driver knows of a run that has been evaluated."""
+    tracking = TrackingConfig(uri=uri, promote=promote, registered_model=f"of-run-{promote}")
+    config = Config(tracking=tracking, run=RunConfig(name="run0", commit="0" * 40))
+    plan = SimpleNamespace(sha256="1" * 64)
+    job = SimpleNamespace(config=config, folder=folder, plan=plan, world_sizes=(1,))
+    return job, SimpleNamespace(label_set="nih14", hash="0" * 64)
