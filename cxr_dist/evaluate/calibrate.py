@@ -1,10 +1,5 @@
-"""Calibration, fitted on validation and nowhere else; the correction for another prevalence, estimated without labels.
-
-Platt scaling (Platt 1999, with his smoothed targets) or isotonic regression (Zadrozny & Elkan 2002), per finding, on
-the log odds. The test population of NIH ChestX-ray14 is sicker than train_val (pneumothorax 10.4 % against 3.1 %), so
-that what is calibrated on validation is not calibrated there: `estimate_prior` finds the prevalence under which the
-calibrated probabilities are most likely, from the scores alone (Saerens, Latinne & Decaestecker 2002).
-"""
+"""Calibration, fitted on validation and nowhere else: Platt scaling (Platt 1999, with his smoothed targets) or isotonic
+regression (Zadrozny & Elkan 2002), per finding, on the log odds."""
 
 from dataclasses import replace
 from typing import Literal
@@ -12,21 +7,18 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import expit
-from scipy.stats import norm
 from sklearn.isotonic import IsotonicRegression
 
 from cxr_dist.errors import DataError
 from cxr_dist.evaluate.calibration import Calibration, FindingCalibration, clipped, log_odds
 from cxr_dist.evaluate.metrics import undefined_reason
 from cxr_dist.evaluate.scores import ScoreTable
-from cxr_dist.evaluate.significance import patient_error
 
-__all__ = ["calibrated", "estimate_prior", "fit_calibration", "prior_interval", "table_log_odds"]
+__all__ = ["calibrated", "fit_calibration", "table_log_odds"]
 
 Floats = NDArray[np.float64]
 
 _STEPS = 100
-_BISECTIONS = 60  # to 1e-18
 
 
 def fit_calibration(validation: ScoreTable, method: Literal["platt", "isotonic"] = "platt") -> Calibration:
@@ -70,46 +62,6 @@ def calibrated(table: ScoreTable, calibration: Calibration) -> ScoreTable:
 def table_log_odds(table: ScoreTable) -> Floats:
     """What a calibration is applied to: the network's logits where a table has them, else those of its probabilities."""
     return log_odds(table.probabilities_NK) if table.logits_NK is None else clipped(table.logits_NK)
-
-
-def estimate_prior(probabilities: Floats, prior: float) -> float:
-    """The prevalence of a population from the probabilities of its images, which are calibrated for prevalence `prior`.
-
-    It is where the EM algorithm of Saerens et al. ends. The likelihood that EM climbs is concave in the prevalence, so
-    that its one maximum is found by halving instead, to 1e-15 and without EM's hundreds of rounds; 0 or 1 where the
-    likelihood rises up to the bound.
-    """
-    present, absent = probabilities / prior, (1 - probabilities) / (1 - prior)
-
-    def slope(target: float) -> float:
-        with np.errstate(divide="ignore"):
-            return float(np.mean((present - absent) / (target * present + (1 - target) * absent)))
-
-    low, high = 0.0, 1.0
-    if slope(low) <= 0:
-        return low
-    if slope(high) >= 0:
-        return high
-    for _ in range(_BISECTIONS):
-        middle = (low + high) / 2
-        low, high = (middle, high) if slope(middle) > 0 else (low, middle)
-    return (low + high) / 2
-
-
-def prior_interval(
-    probabilities: Floats, prior: float, estimate: float, patient_ids: NDArray[np.int64]
-) -> tuple[float, float]:
-    """95 % interval of `estimate_prior`'s estimate over patients (the calibration being held fixed), within 0 and 1.
-
-    The estimate is where the mean slope of the log likelihood is 0; its error is that mean's, with patients as the unit,
-    over the likelihood's curvature (the sandwich of Huber 1967).
-    """
-    present, absent = probabilities / prior, (1 - probabilities) / (1 - prior)
-    mixed = estimate * present + (1 - estimate) * absent
-    slopes = np.divide(present - absent, mixed, out=np.zeros_like(mixed), where=mixed > 0)
-    curvature = float(np.mean(slopes**2))
-    spread = norm.ppf(0.975) * patient_error(slopes, patient_ids) / curvature if curvature else 1.0
-    return max(0.0, float(estimate - spread)), min(1.0, float(estimate + spread))
 
 
 def _platt(x: Floats, positive: NDArray[np.bool_]) -> FindingCalibration | None:

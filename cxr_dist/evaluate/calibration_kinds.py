@@ -1,9 +1,11 @@
-"""The probabilities of a score table in four kinds, and how far each can be believed: raw, calibrated on validation, moved
-to the prevalence that the scores themselves suggest, and moved to the labels' own prevalence (an oracle, no result).
+"""The probabilities of a score table in five kinds, and how far each can be believed: raw; calibrated on validation; moved
+to the prevalence that the scores suggest; the same where the scores bear it out; moved to the labels' own prevalence (an
+oracle, no result).
 
-The prevalence is moved only where the scores show that it is another (as Saerens et al. 2002 advise): the mean
-calibrated probability must differ from validation's, by a test that takes patients as the unit, Holm-corrected over the
-findings. An estimate from a weak finding is several times as uncertain as that mean, and would spoil what is calibrated.
+An estimated prevalence is several times as uncertain as the mean probability that it corrects, and wrong where more than
+prevalence differs. `prior_shift_checked` moves it only if the mean calibrated probability is not validation's (as Saerens
+et al. 2002 advise to test first), and if the scores of no finding refute that they are a mixture of validation's
+positives and negatives. Both tests take patients as the unit and are Holm-corrected over the findings.
 """
 
 from dataclasses import replace
@@ -12,8 +14,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from cxr_dist.evaluate.calibrate import calibrated, estimate_prior, fit_calibration, prior_interval
+from cxr_dist.evaluate.calibrate import calibrated, fit_calibration
 from cxr_dist.evaluate.calibration import Calibration, FindingCalibration, shift_prior
+from cxr_dist.evaluate.label_shift import estimate_prior, mixture_p, prior_interval
 from cxr_dist.evaluate.operating import decision_curve
 from cxr_dist.evaluate.reliability import BINNING, reliability
 from cxr_dist.evaluate.scores import ScoreTable
@@ -52,13 +55,15 @@ def calibration_section(
         return {"calibration": said, "decision_curves": _decision_curves(scores, raw_NK, labels["raw"])}
     fitted = calibration_for(scores.findings, validation, method)
     calibrated_NK = calibrated(scores, fitted).probabilities_NK
+    estimated = _estimated(scores, validation, fitted)
     own = {finding: {"prior": one.prior, "reason": one.reason} for finding, one in fitted.findings.items()}
     said |= {"method": method, "fitted_on": chosen_on, "reason": None}
     said["kinds"] = {
         "raw": _kind(scores, raw_NK, labels["raw"], {}),
         "calibrated": _kind(scores, calibrated_NK, labels["calibrated"], own),
-        "prior_shift": _shifted(
-            scores, calibrated_NK, labels["prior_shift"], _estimated(scores, validation, fitted), own
+        "prior_shift": _shifted(scores, calibrated_NK, labels["prior_shift"], estimated, own),
+        "prior_shift_checked": _shifted(
+            scores, calibrated_NK, labels["prior_shift_checked"], estimated, own, checked=True
         ),
         "oracle": _shifted(scores, calibrated_NK, labels["oracle"], _observed(scores, fitted), own),
     }
@@ -70,7 +75,8 @@ def _labels(method: Method) -> dict[str, str]:
     return {
         "raw": "probabilities as the model gave them",
         "calibrated": fitted,
-        "prior_shift": f"{fitted}, moved to the prevalence estimated from these scores without labels",
+        "prior_shift": f"{fitted}, moved to the prevalence estimated from these scores without labels (EM)",
+        "prior_shift_checked": f"{fitted}, moved to that prevalence only where the scores bear out that it is what differs",
         "oracle": f"oracle: {fitted}, moved to the prevalence of these very labels (no result)",
     }
 
@@ -92,12 +98,31 @@ def _estimated(scores: ScoreTable, validation: ScoreTable, fitted: Calibration) 
             "prior": target,
             "estimated": {"value": target, "lower": lower, "upper": upper},
             "p": two_sided((here.mean() - one.prior) / error) if error > 0 else 1.0,
+            "p_mixture": mixture_p(there, table.labels_NK[:, 0], table.patient_ids, here, scores.patient_ids),
         }
-    for note, p in zip(found.values(), holm([note["p"] for note in found.values()]), strict=True):
-        note["p_holm"] = p
-        if p is not None and p >= ALPHA:
-            note["reason"] = f"not moved: the scores do not show another prevalence than validation's (p = {p:.2g})"
+    notes = list(found.values())
+    moved, unlike = holm([note["p"] for note in notes]), holm([note["p_mixture"] for note in notes])
+    refuting = [finding for finding, p in zip(found, unlike, strict=True) if p is not None and p < ALPHA]
+    for finding, p, p_mixture in zip(found, moved, unlike, strict=True):
+        found[finding] |= {
+            "p_holm": p,
+            "p_mixture_holm": p_mixture,
+            "against": _against(finding, p, p_mixture, refuting),
+        }
     return found
+
+
+def _against(finding: str, p: float | None, p_mixture: float | None, refuting: list[str]) -> str | None:
+    """Why a prevalence is not to be moved, if anything speaks against it."""
+    if p is None or p >= ALPHA:
+        return f"the scores do not show another prevalence than validation's (p = {p:.2g})"
+    if p_mixture is None:
+        return "too few patients or different scores to see whether prevalence is what differs"
+    if finding in refuting:
+        return f"no prevalence makes a mixture of validation's classes of these scores (p = {p_mixture:.2g})"
+    if refuting:
+        return f"the scores of {refuting[0]} show that more than prevalence differs in these images"
+    return None
 
 
 def _observed(scores: ScoreTable, fitted: Calibration) -> dict[str, dict[str, Any]]:
@@ -110,13 +135,21 @@ def _observed(scores: ScoreTable, fitted: Calibration) -> dict[str, dict[str, An
 
 
 def _shifted(
-    scores: ScoreTable, calibrated_NK: Floats, label: str, targets: dict[str, dict[str, Any]], own: dict[str, Any]
+    scores: ScoreTable,
+    calibrated_NK: Floats,
+    label: str,
+    targets: dict[str, dict[str, Any]],
+    own: dict[str, Any],
+    *,
+    checked: bool = False,
 ) -> dict[str, Any]:
-    """Calibrated probabilities moved to each target that gives no reason against it."""
+    """Calibrated probabilities moved to each target; if `checked`, to those that nothing speaks against."""
     values_NK, notes = calibrated_NK.copy(), {}
     for k, finding in enumerate(scores.findings):
         note = {**own[finding], **targets.get(finding, {})}
-        if finding in targets and not note["reason"] and not 0 < note["prior"] < 1:
+        if checked and note.get("against"):
+            note["reason"] = f"not moved: {note['against']}"
+        elif finding in targets and not 0 < note["prior"] < 1:
             note["reason"] = f"not moved: a prevalence of {note['prior']:g} leaves nothing to predict"
         note["moved"] = finding in targets and not note["reason"]
         if note["moved"]:

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import norm, rankdata
+from scipy.special import ndtri
+from scipy.stats import rankdata
 
 from cxr_dist.evaluate.significance import two_sided
 
@@ -52,7 +53,7 @@ def delong(scores_a: Floats, scores_b: Floats, positive: NDArray[np.bool_]) -> D
     error = float(np.sqrt(max(variance, 0.0)))
     certain = error < 1e-12  # rounding of equal rankings
     z = None if certain else difference / error
-    spread = float(norm.ppf(0.975)) * error
+    spread = float(ndtri(0.975)) * error
     p = (1.0 if abs(difference) < 1e-12 else 0.0) if z is None else two_sided(z)
     (aa, ab), (ba, bb) = covariance.tolist()
     return DeLong(

@@ -67,6 +67,8 @@ def write_report(
         calibration=calibration,
         found=found,
     )
+    if second is not None:
+        report["second_labels"] = evaluation["second_labels"]
 
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # which patients have what, by image
     _write_json(folder / "thresholds.json", thresholds)
@@ -86,7 +88,8 @@ def write_report(
 
 
 def table(report: dict[str, Any]) -> str:
-    """A report's AUROC, interval, average precision and positives per finding, as text for a terminal."""
+    """A report's AUROC, interval, average precision and positives per finding, as text for a terminal; below it the
+    AUROC by the second source of labels, where one was given."""
     width = max(len(finding) for finding in [*report["auroc"], "finding"])
     lines = [f"{'finding':<{width}}  AUROC  95 % interval     AP  95 % interval  positives"]
     for finding, value in report["auroc"].items():
@@ -105,7 +108,27 @@ def table(report: dict[str, Any]) -> str:
         f"{report['split']} split: {report['n_scored']:,} images of {report['n_patients']:,} patients; macro F1 "
         f"{_number(report['report']['macro_f1'])} (thresholds: {report['thresholds']['source']})"
     )
-    return "\n".join(lines)
+    return "\n".join([*lines, *_second_lines(report.get("second_labels"))])
+
+
+def _second_lines(second: dict[str, Any] | None) -> list[str]:
+    if second is None:
+        return []
+    lines = [f"by the labels of {second['source']} ({second['n_images_scored']:,} of its images were scored):"]
+    ours = {one["theirs"]: " or ".join(one["ours"]) for one in second["mapping"]}
+    for name, one in second["findings"].items():
+        values = [
+            f"{_number(value['value'])} {_span(None if value['lower'] is None else [value['lower'], value['upper']])}"
+            for value in (one["auroc"], one["auroc_first_labels"])
+        ]
+        reason = f" ({one['reason']})" if one["reason"] else ""
+        lines.append(
+            f"  {name}, {one['positives']:,} positives: {values[0]}; by the first labels there {values[1]}{reason}"
+        )
+        if ours[name] != name:
+            lines.append(f"    scored by the greatest of {ours[name]}")
+    unmapped = [name for name, finding in ours.items() if not finding]
+    return [*lines, f"  none of the scored findings is like {', '.join(unmapped)}"] if unmapped else lines
 
 
 def _thresholds(scores: ScoreTable, validation: ScoreTable | None) -> dict[str, Any]:

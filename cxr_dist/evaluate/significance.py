@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import norm
+from scipy.special import ndtr
 
 __all__ = ["ALPHA", "holm", "patient_error", "two_sided"]
 
@@ -27,7 +27,7 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
 
 def two_sided(z: float) -> float:
     """Chance of a standard normal at least as far from 0 as z."""
-    return float(2 * norm.sf(abs(z)))
+    return float(2 * ndtr(-abs(z)))
 
 
 def patient_error(values_N: NDArray[np.float64], patient_ids: NDArray[np.int64]) -> float:

@@ -14,8 +14,9 @@ from sklearn.isotonic import IsotonicRegression
 from sklearn.linear_model import LogisticRegression
 
 from cxr_dist.errors import DataError
-from cxr_dist.evaluate.calibrate import calibrated, estimate_prior, fit_calibration, table_log_odds
+from cxr_dist.evaluate.calibrate import calibrated, fit_calibration, table_log_odds
 from cxr_dist.evaluate.calibration import FORMAT, Calibration, log_odds, shift_prior, sigmoid
+from cxr_dist.evaluate.label_shift import estimate_prior
 from cxr_dist.evaluate.scores import ScoreTable
 
 ROOT = Path(__file__).resolve().parent.parent.parent

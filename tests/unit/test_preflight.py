@@ -17,7 +17,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from cxr_dist import capacity, experiment, preflight
-from cxr_dist.config import Config, DataConfig, ModelConfig, TrackingConfig, TrainConfig
+from cxr_dist.config import Config, DataConfig, EvaluateConfig, ModelConfig, TrackingConfig, TrainConfig
 from cxr_dist.data.images import PIXELS_VERSION
 from cxr_dist.data.manifest import ROW_GROUPS_SCHEMA, Manifest, Shard, Split
 from cxr_dist.data.nih import LABELS_SCHEMA, NIH8
@@ -478,3 +478,15 @@ def test_run_gives_the_manifest_or_the_first_refusal(tmp_path: Path) -> None:
     late = dataclasses.replace(config, train=dataclasses.replace(config.train, global_batch=12))
     with pytest.raises(ConfigError, match=r"^train\.global_batch"):
         preflight.run(late)
+
+
+class TestSecondLabels:
+    def test_none_and_a_good_file_pass(self, tmp_path: Path) -> None:
+        preflight.check_second_labels(Config())
+        (tmp_path / "labels.csv").write_text("image_id,Mass\na.png,1\n")
+        preflight.check_second_labels(Config(evaluate=EvaluateConfig(second_labels=f"{tmp_path}/labels.csv")))
+
+    def test_what_cannot_be_read_is_known_before_training(self, tmp_path: Path) -> None:
+        config = Config(evaluate=EvaluateConfig(second_labels=f"{tmp_path}/none.csv"))
+        with pytest.raises(DataError, match=r"none\.csv: no such file"):
+            preflight.check_second_labels(config)

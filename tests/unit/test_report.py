@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
-from sklearn.metrics import classification_report
+from sklearn.metrics import classification_report, roc_auc_score
 
 from cxr_dist.cli import run_job
 from cxr_dist.data import nih
@@ -19,6 +19,7 @@ from cxr_dist.errors import DataError
 from cxr_dist.evaluate.figures import COLOURS
 from cxr_dist.evaluate.report import AVERAGES, table, write_report
 from cxr_dist.evaluate.scores import ScoreTable, read, write
+from cxr_dist.evaluate.second_labels import read_second_labels
 from cxr_dist.evaluate.thresholds import RULES
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -192,6 +193,32 @@ def test_table_for_the_terminal(tmp_path: Path) -> None:
     assert lines[3].split() == ["Hernia", "-", "no", "positives"]
     assert lines[4].startswith("mean      0.")
     assert max(map(len, lines[:5])) <= 80
+
+
+def test_a_second_source_is_a_second_column(tmp_path: Path) -> None:
+    text = "Image Index,Nodule or mass,Fracture\n" + "".join(f"{i:08d}_000.png,{i % 2},1\n" for i in range(40))
+    (tmp_path / "labels.csv").write_text(text)
+    second = read_second_labels(tmp_path / "labels.csv")
+    scores = scored("test")
+    result = write_report(tmp_path / "out", scores, scored("validation", first=1000), bootstrap=10, second=second)
+    evaluation = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert result["second_labels"] == evaluation["second_labels"]
+    expected = roc_auc_score(np.arange(40) % 2, scores.probabilities_NK[:40, 1])
+    assert evaluation["second_labels"]["findings"]["Nodule or mass"]["auroc"]["value"] == pytest.approx(expected)
+    lines = table(result).splitlines()[-4:]
+    assert lines[0] == "by the labels of labels.csv (40 of its images were scored):"
+    assert lines[1].startswith(f"  Nodule or mass, 20 positives: {expected:.3f} 0.")
+    assert lines[2:] == ["    scored by the greatest of Mass", "  none of the scored findings is like Fracture"]
+
+
+def test_evaluation_json_has_subgroups_where_rows_are_given(tmp_path: Path) -> None:
+    scores = scored("test")
+    header = "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position\n"
+    rows = [f"{name},No Finding,0,{int(name[:8])},57,{'MF'[i % 2]},PA" for i, name in enumerate(scores.image_ids)]
+    labels = nih.read_labels((header + "\n".join(rows)).encode(), "labels")
+    write_report(tmp_path, scores, bootstrap=5, rows=labels)
+    evaluation = json.loads((tmp_path / "evaluation.json").read_text())
+    assert {name: one["n_images"] for name, one in evaluation["subgroups"]["sex"].items()} == {"M": 150, "F": 150}
 
 
 def test_reports_need_no_ray_torch_or_mlflow() -> None:
