@@ -33,7 +33,7 @@ def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     from cxr_dist.registry.export import export
 
     with find_model(args.model_uri, absolute_uri(config.tracking.uri)) as model:
-        done = export(model.uri, Path(args.out))
+        done = export(model.uri, Path(args.out), method=config.evaluate.calibration)
     print(
         f"{args.out}: {done['bytes'] / 1e6:.0f} MB, at most {done['largest_difference']:.1e} from torch's probabilities"
     )

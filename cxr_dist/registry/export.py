@@ -7,7 +7,7 @@ metadata hold `model.json`. The plain form of the prefix is exported, which is t
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -49,7 +49,7 @@ class Pixels2Probabilities(nn.Module):
         return torch.sigmoid(logits_BK), torch.sigmoid(self.slope_K * logits_BK + self.intercept_K)
 
 
-def export(checkpoint_uri: str, to: Path) -> dict[str, Any]:
+def export(checkpoint_uri: str, to: Path, *, method: Literal["platt", "isotonic"] = "platt") -> dict[str, Any]:
     """Write the ONNX file of a checkpoint; {"findings", "size", "bytes", "largest_difference" from torch}.
 
     ConfigError without the extra `onnx`, and for an isotonic calibration (a step has no tolerance); InputError if what
@@ -63,7 +63,7 @@ def export(checkpoint_uri: str, to: Path) -> dict[str, Any]:
         raise ConfigError(
             f"export: found no {error.name}, expected the extra [onnx]; pip install 'cxr-dist[onnx]'"
         ) from None
-    facts = contents(checkpoint_uri).facts
+    facts = contents(checkpoint_uri, method=method).facts
     network, calibration = _network(checkpoint_uri), _calibration(facts)
     pixels = _films(facts["size"])
     program = torch.onnx.export(

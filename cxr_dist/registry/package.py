@@ -28,7 +28,7 @@ from PIL import Image
 from cxr_dist import storage
 from cxr_dist.data.images import PIXELS_VERSION
 from cxr_dist.evaluate import scores, thresholds
-from cxr_dist.evaluate.calibrate import fit_calibration
+from cxr_dist.evaluate.analysis import calibration_for
 from cxr_dist.evaluate.scores import ScoreTable
 from cxr_dist.model.weights import restore
 from cxr_dist.predict.model import find_model, pack
@@ -80,7 +80,7 @@ def contents(checkpoint_uri: str, *, method: Literal["platt", "isotonic"] = "pla
         "size": model.size,
         "pixels_version": PIXELS_VERSION,
         "thresholds": _thresholds(validation, model.findings),
-        "calibration": None if validation is None else fit_calibration(validation, method).to_json(),
+        "calibration": None if validation is None else calibration_for(model.findings, validation, method).to_json(),
         "sha256": model.sha256,
     }
     return Contents(

@@ -29,7 +29,7 @@ def prepare(
     evaluate: EvaluateConfig,
 ) -> Wish:
     """Write the model of a checkpoint to a folder, over what an earlier attempt left there; what is to become of it."""
-    found = contents(checkpoint_uri)
+    found = contents(checkpoint_uri, method=evaluate.calibration)
     card = model_card(tracking.registered_model, found, run, evaluation)
     shutil.rmtree(to, ignore_errors=True)
     write_model(checkpoint_uri, found, card, to)

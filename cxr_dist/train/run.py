@@ -26,6 +26,7 @@ from cxr_dist.data.resident import DamagedFeatures
 from cxr_dist.errors import InputError, RunError
 from cxr_dist.evaluate import report, scores
 from cxr_dist.evaluate.inference import score_split
+from cxr_dist.evaluate.saliency import add_saliency
 from cxr_dist.evaluate.second_labels import read_second_labels
 from cxr_dist.registry.prepare import about, evaluation_in, prepare
 from cxr_dist.registry.publish import told
@@ -204,6 +205,7 @@ def evaluate(
         calibration=job.config.evaluate.calibration,
     )
     print(report.table(found))
+    add_saliency(folder, job.config, checkpoint, judged, validation)
     if corrupt:
         (folder / "corrupt_images.json").write_text(json.dumps(corrupt, indent=1))
     tracked.log_artifacts(folder)

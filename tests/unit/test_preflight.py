@@ -22,6 +22,7 @@ from cxr_dist.data.images import PIXELS_VERSION
 from cxr_dist.data.manifest import ROW_GROUPS_SCHEMA, Manifest, Shard, Split
 from cxr_dist.data.nih import LABELS_SCHEMA, NIH8
 from cxr_dist.errors import ConfigError, DataError, InputError
+from tests.unit.test_manifest import make_dataset
 
 FINDINGS = NIH8
 
@@ -490,3 +491,23 @@ class TestSecondLabels:
         config = Config(evaluate=EvaluateConfig(second_labels=f"{tmp_path}/none.csv"))
         with pytest.raises(DataError, match=r"none\.csv: no such file"):
             preflight.check_second_labels(config)
+
+
+BOXES = "Image Index,Finding Label,Bbox [x,y,w,h],,,\n"
+
+
+def test_boxes_are_of_the_dataset_s_images(tmp_path: Path) -> None:
+    manifest, _ = make_dataset(tmp_path)
+    file = tmp_path / "boxes.csv"
+    config = Config(evaluate=EvaluateConfig(boxes=str(file)))
+    preflight.check_boxes(Config(), manifest)
+    with pytest.raises(DataError, match=r"evaluate\.boxes .*boxes\.csv: found no file"):
+        preflight.check_boxes(config, manifest)
+    file.write_text(BOXES + "90000000_000.png,Mass,1,1,5,5\n")
+    with pytest.raises(DataError, match=r"found 1 boxes in .*\(first 90000000_000\.png\), none of an image in"):
+        preflight.check_boxes(config, manifest)
+    file.write_text(BOXES + "90000000_000.png,Mass,1,1,5,5\n00000015_000.png,Mass,1,1,5,5\n")
+    preflight.check_boxes(config, manifest)
+    file.write_text(BOXES + "00000015_000.png,Mass,1,1,5,five\n")
+    with pytest.raises(DataError, match="row 2, column h: found 'five'"):
+        preflight.check_boxes(config, manifest)
