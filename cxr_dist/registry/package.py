@@ -28,7 +28,7 @@ from PIL import Image
 from cxr_dist import storage
 from cxr_dist.data.images import PIXELS_VERSION
 from cxr_dist.evaluate import scores, thresholds
-from cxr_dist.evaluate.analysis import calibration_for
+from cxr_dist.evaluate.calibration_kinds import calibration_for
 from cxr_dist.evaluate.scores import ScoreTable
 from cxr_dist.model.weights import restore
 from cxr_dist.predict.model import find_model, pack
