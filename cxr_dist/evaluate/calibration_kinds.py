@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from cxr_dist.evaluate.calibrate import calibrated, fit_calibration
 from cxr_dist.evaluate.calibration import Calibration, FindingCalibration, shift_prior
 from cxr_dist.evaluate.label_shift import estimate_prior, mixture_p, prior_interval
+from cxr_dist.evaluate.metrics import Metric
 from cxr_dist.evaluate.operating import decision_curve
 from cxr_dist.evaluate.reliability import BINNING, reliability
 from cxr_dist.evaluate.scores import ScoreTable
@@ -93,10 +94,10 @@ def _estimated(scores: ScoreTable, validation: ScoreTable, fitted: Calibration) 
         here = judged_NK[:, k]
         error = np.hypot(patient_error(here, scores.patient_ids), patient_error(there, validation.patient_ids))
         target = estimate_prior(here, one.prior)
-        lower, upper = prior_interval(here, one.prior, target, scores.patient_ids)
+        estimated = Metric(target, prior_interval(here, one.prior, target, scores.patient_ids))
         found[finding] = {
             "prior": target,
-            "estimated": {"value": target, "lower": lower, "upper": upper},
+            "estimated": estimated.to_json(),
             "p": two_sided((here.mean() - one.prior) / error) if error > 0 else 1.0,
             "p_mixture": mixture_p(there, table.labels_NK[:, 0], table.patient_ids, here, scores.patient_ids),
         }

@@ -50,12 +50,15 @@ def estimate_prior(probabilities: Floats, prior: float) -> float:
 
 def prior_interval(
     probabilities: Floats, prior: float, estimate: float, patient_ids: NDArray[np.int64]
-) -> tuple[float, float]:
-    """95 % interval of `estimate_prior`'s estimate over patients (the calibration being held fixed), within 0 and 1.
+) -> tuple[float, float] | None:
+    """95 % interval of `estimate_prior`'s estimate over patients (the calibration being held fixed), within 0 and 1; None
+    for one patient.
 
     The estimate is where the mean slope of the log likelihood is 0; its error is that mean's, with patients as the unit,
     over the likelihood's curvature (the sandwich of Huber 1967).
     """
+    if len(np.unique(patient_ids)) < 2:
+        return None
     present, absent = probabilities / prior, (1 - probabilities) / (1 - prior)
     mixed = estimate * present + (1 - estimate) * absent
     slopes = np.divide(present - absent, mixed, out=np.zeros_like(mixed), where=mixed > 0)
@@ -71,10 +74,10 @@ def mixture_p(there: Floats, positive: Bools, patients_there: Ids, here: Floats,
     mixture of the two classes there. The shares of images in six intervals of the scores must then fit for one prevalence:
     the least squared misfit over all prevalences, weighed by its covariance over patients, is chi-squared with four
     degrees of freedom (Hansen 1982). A small p-value: the images of a class look different here. None if the scores are
-    too few to fill the intervals, or if fewer than ten patients there have the finding: a tenth of such would be refused
-    at a level of 0.05.
+    too few to fill the intervals, or if fewer than ten patients are here or have the finding there: a tenth of such would be
+    refused at a level of 0.05.
     """
-    if len(here) == 0 or len(np.unique(patients_there[positive])) < _LEAST_PATIENTS:
+    if min(len(np.unique(patients_here)), len(np.unique(patients_there[positive]))) < _LEAST_PATIENTS:
         return None
     edges = np.unique(np.quantile(np.concatenate([there, here]), np.linspace(0, 1, _BINS + 1)[1:-1]))
     if len(edges) < _BINS - 1:

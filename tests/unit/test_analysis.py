@@ -156,8 +156,9 @@ def test_interval_of_the_estimated_prevalence_covers() -> None:
         positive = np.repeat(rng.random(500) < 0.3, 2)  # both images of a patient alike
         x = rng.normal(np.where(positive, 2.0, 0.0), 1)
         p = sigmoid(2 * x - 2 + np.log(0.1 / 0.9))
-        lower, upper = prior_interval(p, 0.1, estimate_prior(p, 0.1), patients)
-        covered += lower <= 0.3 <= upper
+        found = prior_interval(p, 0.1, estimate_prior(p, 0.1), patients)
+        assert found is not None
+        covered += found[0] <= 0.3 <= found[1]
     assert 52 <= covered <= 60
 
 
@@ -220,6 +221,10 @@ def test_one_patient_has_figures_without_intervals() -> None:
     assert mass["sensitivity"]["value"] is not None
     assert mass["sensitivity"]["lower"] is None
     assert mass["reason"] == found["discrimination"]["Mass"]["reason"] == "no interval: all images are of one patient"
+    shifted = found["calibration"]["kinds"]["prior_shift_checked"]["findings"]
+    assert not any(one["moved"] for one in shifted.values())
+    assert shifted["Mass"]["estimated"]["lower"] is None
+    assert shifted["Mass"]["p_mixture"] is None
 
 
 def test_equal_scores_are_defined() -> None:

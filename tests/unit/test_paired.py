@@ -2,14 +2,17 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 from scipy.stats import norm
 from sklearn.metrics import average_precision_score, roc_auc_score
 
+from cxr_dist.data import nih
 from cxr_dist.errors import DataError
 from cxr_dist.evaluate.delong import delong
+from cxr_dist.evaluate.external import read_external
 from cxr_dist.evaluate.paired import align, compare, least_resamples
 from cxr_dist.evaluate.scores import ScoreTable
 from cxr_dist.evaluate.significance import holm, patient_error, two_sided
@@ -257,3 +260,24 @@ def test_other_labels_are_refused() -> None:
     labels[3, 1] ^= True
     with pytest.raises(DataError, match=r"found 1 labels that differ \(first Mass of '00003.png'\)"):
         compare(a, dataclasses.replace(b, labels_NK=labels), bootstrap=10, seed=0)
+
+
+def test_reference_predictions_against_a_copy_that_is_worse_in_one_finding(real_data: Path) -> None:
+    """The known answer: a loss for the copy where noise was added, exact ties where nothing was touched, in any order."""
+    labels = nih.read_labels((real_data / "Data_Entry_2017_v2020.csv.gz").read_bytes(), "labels")
+    model = read_external(real_data / "reference_predictions" / "preds.csv", labels, nih.FINDINGS)
+    at = model.findings.index("Effusion")
+    rng = np.random.default_rng(0)
+    worse = model.probabilities_NK.copy()
+    worse[:, at] = np.clip(worse[:, at] + rng.normal(0, 0.1, len(model)), 0, 1)
+    copy = dataclasses.replace(model, probabilities_NK=worse).select(rng.permutation(len(model)))
+    found = compare(*align(model, copy), bootstrap=600, seed=0)
+    assert {finding: one.decision for finding, one in found.auroc.items() if finding != "mean"} == {
+        finding: "win" if finding == "Effusion" else "tie" for finding in model.findings
+    }
+    assert all(one.p == 1 for finding, one in found.auroc.items() if finding not in ("Effusion", "mean"))
+    truth = model.labels_NK[:, at]
+    gap = roc_auc_score(truth, model.probabilities_NK[:, at]) - roc_auc_score(truth, worse[:, at])
+    assert found.auroc["Effusion"].difference.value == pytest.approx(gap, abs=1e-12)
+    assert found.auroc["mean"].difference.value == pytest.approx(gap / 14, abs=1e-12)
+    assert found.auroc["mean"].decision == "win"
