@@ -30,7 +30,7 @@ from cxr_dist.journal import MetricJournal
 from cxr_dist.scrub import scrub
 from cxr_dist.writes import Write
 
-__all__ = ["TrackedRun", "open_run"]
+__all__ = ["TrackedRun", "git_tags", "open_run"]
 
 CLOSE_S = 30.0
 KILLED_CLOSE_S = 2.0
@@ -108,7 +108,7 @@ class TrackedRun:
         self._catch_sigterm()
         try:
             self._open()
-            self.set_tags(_git_tags() | dict(self._tags))
+            self.set_tags(git_tags() | dict(self._tags))
             self.log_params(self._params)
         except BaseException as error:
             self.__exit__(type(error), error, error.__traceback__)
@@ -302,7 +302,7 @@ class TrackedRun:
             signal.signal(signal.SIGTERM, self._old_sigterm if current == self._on_sigterm else current)
 
 
-def _git_tags() -> dict[str, str]:
+def git_tags() -> dict[str, str]:
     """The commit of the checkout that this file lies in, if it lies in one."""
     try:
         found = subprocess.run(  # noqa: S603 - fixed words, and the folder of this file

@@ -51,11 +51,10 @@ class About:
 
 def recipe(config: Mapping[str, Any]) -> str:
     """What was trained and how, in one line, of dotted keys and values as `run.json` has them."""
-    value = {key: config.get(key) for key in config}
     return (
-        f"{value.get('model.trainable')} trained, batch-norm {value.get('model.batch_norm')}, {value.get('model.pooling')} "
-        f"pooling; {value.get('optimizer.name')} {value.get('optimizer.lr')}, batch {value.get('train.global_batch')}, at most "
-        f"{value.get('train.epochs')} epochs, seed {value.get('train.seed')}"
+        f"{config.get('model.trainable')} trained, batch-norm {config.get('model.batch_norm')}, {config.get('model.pooling')} "
+        f"pooling; {config.get('optimizer.name')} {config.get('optimizer.lr')}, batch {config.get('train.global_batch')}, at most "
+        f"{config.get('train.epochs')} epochs, seed {config.get('train.seed')}"
     )
 
 

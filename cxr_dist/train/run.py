@@ -30,7 +30,7 @@ from cxr_dist.evaluate.saliency import add_saliency
 from cxr_dist.evaluate.second_labels import read_second_labels
 from cxr_dist.registry.prepare import about, evaluation_in, prepare
 from cxr_dist.registry.publish import told
-from cxr_dist.tracking import TrackedRun, open_run
+from cxr_dist.tracking import TrackedRun, git_tags, open_run
 from cxr_dist.train.cache import Cache, prepare_features
 from cxr_dist.train.checkpoint import Checkpoints
 from cxr_dist.train.feed import data_config
@@ -231,7 +231,7 @@ def log_model(
     try:
         checkpoint = Checkpoints(job.folder)
         best = checkpoint.best() or checkpoint.entries()[-1]
-        run = about(name, tracked.run_id, tags(job, manifest), flatten(config))
+        run = about(name, tracked.run_id, git_tags() | tags(job, manifest), flatten(config))
         evaluation = evaluation_in(Path(result["artifacts"]))
         wish = prepare(
             checkpoint.uri(best), folder, run, evaluation, tracking=config.tracking, evaluate=config.evaluate
