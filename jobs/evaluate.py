@@ -7,6 +7,8 @@ python jobs/evaluate.py --scores preds.csv --data.labels Data_Entry_2017_v2020.c
 
 import argparse
 import dataclasses
+import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,9 +21,12 @@ from cxr_dist.config import Config
 from cxr_dist.data import nih
 from cxr_dist.errors import ConfigError, DataError
 from cxr_dist.evaluate.external import read_external
+from cxr_dist.evaluate.page import Illustrate
 from cxr_dist.evaluate.report import table, write_report
+from cxr_dist.evaluate.runrecord import RunRecord
 from cxr_dist.evaluate.scores import ScoreTable, read
 from cxr_dist.evaluate.second_labels import read_second_labels
+from cxr_dist.evaluate.worst import Example
 
 
 def add_flags(parser: Any) -> None:
@@ -30,6 +35,9 @@ def add_flags(parser: Any) -> None:
     parser.add_argument("--scores", type=optional, help="score table to judge, Parquet or CSV (.gz), of any model")
     parser.add_argument("--validation-scores", type=optional, help="score table that thresholds are chosen on")
     parser.add_argument("--checkpoint", type=optional, help="URI of a run's checkpoint to score and judge")
+    parser.add_argument(
+        "--run-folder", type=optional, help="with --scores: folder of the training run that they came from"
+    )
     parser.add_argument("--split", type=Literal["validation", "test"], default="test", help="images that are judged")
     parser.add_argument("--out", type=str, default="outputs/evaluate", help="directory of the report")
 
@@ -40,6 +48,8 @@ def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
         raise ConfigError("evaluate: found neither or both of --scores and --checkpoint, expected one of them")
     if args.checkpoint and args.validation_scores:
         raise ConfigError("evaluate: --validation-scores goes with --scores; a checkpoint scores validation itself")
+    if args.checkpoint and args.run_folder:
+        raise ConfigError("evaluate: --run-folder goes with --scores; a checkpoint lies in its run's folder")
     second = read_second_labels(config.evaluate.second_labels) if config.evaluate.second_labels else None
     dropped, missing = 0, None
     labels: dict[str, str] = {}
@@ -47,6 +57,7 @@ def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     if args.checkpoint:
         scores, validation, rows = _score(config, args.checkpoint, args.split)
         title = "/".join(storage.shown(args.checkpoint).rstrip("/").split("/")[-2:])
+        run = _run(args.checkpoint.partition("/checkpoints/")[0], required=False)
     else:
         rows = release = _read_labels(config)
         scores, dropped = _load(config, release, args.scores, args.split)
@@ -55,7 +66,8 @@ def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
         if release is not None:
             labels = {key.decode(): value.decode() for key, value in (release.schema.metadata or {}).items()}
         missing = _missing_from_test_list(config, release, scores) if args.split == "test" else None
-        title = Path(args.scores).name
+        run = _run(args.run_folder, required=True) if args.run_folder else None
+        title = run.name if run else Path(args.scores).name
     report = write_report(
         args.out,
         scores,
@@ -63,16 +75,15 @@ def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
         bootstrap=config.evaluate.bootstrap,
         seed=config.evaluate.bootstrap_seed,
         title=title,
+        run=run,
+        illustrate=_illustrate(config, args, scores, validation),
+        commands=_commands(config, args),
         rows=rows,
         second=second,
         calibration=config.evaluate.calibration,
     )
     print(table(report))
-    if args.checkpoint:
-        from cxr_dist.evaluate.saliency import add_saliency
-
-        add_saliency(args.out, config, args.checkpoint, scores, validation)
-    elif config.evaluate.boxes:
+    if args.scores and config.evaluate.boxes:
         print("evaluate.boxes is not used: heat maps need the network, not its scores alone")
     if dropped:
         print(f"left out: {dropped:,} images with a finding outside {config.data.label_set} (its cleaning)")
@@ -80,7 +91,7 @@ def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
         print("not compared with the official test list; give data.test_list")
     if missing:
         print(f"not scored: {missing:,} images of the test list")
-    print(f"figures and tables: {args.out}")
+    print(f"figures and tables: {args.out}/report.html")
     return {**report, "n_left_out": dropped, "n_missing": missing, "labels": labels, "out": str(args.out)}
 
 
@@ -113,6 +124,50 @@ def _score(config: Config, checkpoint_uri: str, split: str) -> tuple[ScoreTable,
     if split == "validation":
         return validation, validation, rows
     return score_split(config, checkpoint_uri, split, use_gpu=use_gpu)[0], validation, rows
+
+
+def _run(folder: str, *, required: bool) -> RunRecord | None:
+    """The record that a training run left; an earlier version's runs, and those that go on, have none."""
+    from cxr_dist.train.record import kept_record  # imports Ray and torch
+
+    record = kept_record(storage.absolute(folder))
+    if record is None and required:
+        raise DataError(f"--run-folder {storage.shown(folder)}: found no record, expected the folder of a finished run")
+    return record
+
+
+def _illustrate(
+    config: Config, args: argparse.Namespace, scores: ScoreTable, validation: ScoreTable | None
+) -> Illustrate | None:
+    """Pictures for the report: heat maps where there is a network, else the worst errors where there is a dataset."""
+    if not config.data.uri:
+        return None
+    from cxr_dist.evaluate.thumbnails import with_thumbnails
+
+    def illustrate(worst: list[Example]) -> Sequence[Mapping[str, Any]]:
+        pictures: Sequence[Mapping[str, Any]] = ()
+        if args.checkpoint:
+            from cxr_dist.evaluate.saliency import add_saliency
+
+            pictures = add_saliency(args.out, config, args.checkpoint, scores, validation)
+        return pictures or with_thumbnails(worst, storage.absolute(config.data.uri), scores.split, config.data)
+
+    return illustrate
+
+
+def _commands(config: Config, args: argparse.Namespace) -> list[str]:
+    """What makes this report of a score table again."""
+    flags = {
+        "--scores": args.scores,
+        "--validation-scores": args.validation_scores,
+        "--data.labels": config.data.labels,
+        "--data.test_list": config.data.test_list,
+        "--data.label_set": config.data.label_set,
+        "--evaluate.bootstrap": str(config.evaluate.bootstrap),
+        "--evaluate.bootstrap_seed": str(config.evaluate.bootstrap_seed),
+    }
+    words = [word for flag, value in flags.items() if value for word in (flag, storage.shown(value))]
+    return [shlex.join(["python", "jobs/evaluate.py", *words])]
 
 
 def _read_labels(config: Config) -> Any:

@@ -5,6 +5,7 @@ validation table only.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,10 +15,13 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from sklearn.metrics import classification_report
 
-from cxr_dist.evaluate import figures
 from cxr_dist.evaluate.analysis import analyse, check_disjoint, resampled
 from cxr_dist.evaluate.bootstrap import discrimination
+from cxr_dist.evaluate.figures import pr_figure, roc_figure
 from cxr_dist.evaluate.metrics import Metric, Metrics, pr_curve, roc_curve, thin
+from cxr_dist.evaluate.page import FIGURES, Illustrate, write_page
+from cxr_dist.evaluate.plots.panels import save
+from cxr_dist.evaluate.runrecord import RunRecord
 from cxr_dist.evaluate.scores import ScoreTable, write
 from cxr_dist.evaluate.second_labels import SecondLabels
 from cxr_dist.evaluate.thresholds import DEFAULT_THRESHOLD, fit
@@ -39,13 +43,18 @@ def write_report(
     rows: pa.Table | None = None,
     second: SecondLabels | None = None,
     calibration: Literal["platt", "isotonic"] = "platt",
+    run: RunRecord | None = None,
+    illustrate: Illustrate | None = None,
+    commands: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Write the report of `scores` into a directory and return its numbers as plain JSON types, None where undefined.
 
-    Files: evaluation.json, all that is said of the scores (`analysis`), with sex, age and view from `rows` (the manifest's)
-    and another source's labels from `second` where they are given; roc_curves.png, pr_curves.png; auroc.csv; classification_report.json and .md at the thresholds of Youden's J
-    on `validation` (0.5 without one); thresholds.json; curves.csv, each curve thinned to at most 2,000 points that
-    keep its ends and its shape; scores.parquet, and validation_scores.parquet if given.
+    Files: report.html, everything on one page; evaluation.json, all that is said of the scores (`analysis`), with sex, age
+    and view from `rows` (the manifest's) and another source's labels from `second` where they are given; figures, each as
+    PNG and SVG; auroc.csv; classification_report.json and .md at the thresholds of Youden's J on `validation` (0.5 without
+    one); thresholds.json; curves.csv, each curve thinned to at most 2,000 points that keep its ends and its shape;
+    scores.parquet, and validation_scores.parquet if given; run_record.json if the `run` that the scores came from is given.
+    `illustrate` gives the worst errors their pictures, `commands` make a report without a run again.
 
     Raises DataError if `validation` is of another split than validation, or shares images with a `scores` that is not
     that split itself.
@@ -79,11 +88,24 @@ def write_report(
     tables = [scores] if validation is None or validation.split == scores.split else [validation, scores]
     pd.concat([_curve_frame(one) for one in tables]).to_csv(folder / "curves.csv", index=False, float_format="%.7g")
     roc_points, pr_points = _operating_points(scores, called_NK, thresholds, metrics)
-    figures.plot_roc(folder / "roc_curves.png", scores, metrics, roc_points, title=title)
-    figures.plot_pr(folder / "pr_curves.png", scores, metrics, pr_points, title=title)
+    drawn = {
+        "roc_curves": roc_figure(scores, evaluation["discrimination"], roc_points, title=title),
+        "pr_curves": pr_figure(scores, evaluation["discrimination"], pr_points, title=title),
+    }
     write(scores, folder / "scores.parquet")
     if validation is not None:
         write(validation, folder / "validation_scores.parquet")
+    write_page(
+        folder,
+        evaluation,
+        scores,
+        title=title,
+        thresholds=thresholds,
+        pictures={name: save(figure, folder / FIGURES, name) for name, figure in drawn.items()},
+        run=run,
+        illustrate=illustrate,
+        commands=commands,
+    )
     return report
 
 

@@ -52,8 +52,8 @@ def test_files_and_result(tmp_path: Path) -> None:
         "classification_report.md",
         "curves.csv",
         "evaluation.json",
-        "pr_curves.png",
-        "roc_curves.png",
+        "figures",
+        "report.html",
         "scores.parquet",
         "thresholds.json",
         "validation_scores.parquet",
@@ -170,7 +170,7 @@ def test_auroc_csv_and_curves_csv(tmp_path: Path) -> None:
 def test_figures_are_drawn_even_where_nothing_is_defined(tmp_path: Path) -> None:
     write_report(tmp_path, scored("test").select(np.zeros(300, bool)), bootstrap=10)
     for name in ("roc_curves.png", "pr_curves.png"):
-        with Image.open(tmp_path / name) as image:
+        with Image.open(tmp_path / "figures" / name) as image:
             assert image.getpixel((0, 0))[:3] == (255, 255, 255)
             assert image.width > 500
 
@@ -253,7 +253,7 @@ def test_job_on_own_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert json.loads((tmp_path / "result.json").read_text()) == result
     assert result["thresholds"]["source"].startswith("Youden's J on the validation split")
     assert human[0].startswith("finding")
-    assert (tmp_path / "out" / "roc_curves.png").is_file()
+    assert (tmp_path / "out" / "figures" / "roc_curves.png").is_file()
 
 
 def test_job_cleans_a_foreign_table_as_nih8_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
