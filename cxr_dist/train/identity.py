@@ -37,6 +37,10 @@ FREE = {
     "run.commit",
     "tracking.uri",
     "tracking.required",
+    "tracking.log_model",
+    "tracking.registered_model",
+    "tracking.register",
+    "tracking.promote",
     "model.prefix_chunk",
     "model.cuda_graph",
 }
