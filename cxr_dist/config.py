@@ -310,6 +310,8 @@ class TrackingConfig:
     """MLflow experiment."""
     required: bool = True
     """Whether a run may only begin if MLflow answers; false: it begins in any case, and what MLflow missed is told to it later."""
+    tags: tuple[str, ...] = ()
+    """Tags of your own for the run, KEY=VALUE each; those that the job sets itself win."""
 
     def __post_init__(self) -> None:
         _require(bool(self.experiment), "tracking.experiment", self.experiment, "a name")
@@ -319,6 +321,13 @@ class TrackingConfig:
             self.uri,
             "a database or a server (MLflow no longer keeps runs in plain files); use sqlite:///mlflow.db or http://HOST:5000",
         )
+        for tag in self.tags:
+            _require(
+                re.fullmatch(r"[\w\-. /]{1,250}=[^\x00-\x1f]*", tag) is not None,
+                "tracking.tags",
+                tag,
+                "KEY=VALUE, a key of letters, digits and _-. /",
+            )
         _require_plain("tracking", self)
 
 

@@ -64,8 +64,10 @@ def has_secret(value: str) -> bool:
 def refuse_secrets(values: Mapping[str, object]) -> None:
     """ConfigError, with its key, for a value that holds a credential: values are logged, kept with runs, sent to workers
     and, of a command line, shown to every user of the machine and of Ray's dashboard."""
-    for key, value in values.items():
-        if isinstance(value, str) and has_secret(value):
+    listed = [(key, value) for key, of in values.items() for value in (of if isinstance(of, tuple) else (of,))]
+    for key, value in listed:
+        # of KEY=VALUE the value too is one
+        if isinstance(value, str) and (has_secret(value) or has_secret(value.partition("=")[2])):
             raise ConfigError(
                 f"{key}: found a credential in {scrub(value)}, expected none; give it in the environment "
                 "(AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, "

@@ -37,6 +37,7 @@ FREE = {
     "run.commit",
     "tracking.uri",
     "tracking.required",
+    "tracking.tags",
     "model.prefix_chunk",
     "model.cuda_graph",
 }

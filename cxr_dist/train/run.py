@@ -2,16 +2,13 @@
 
 import contextlib
 import dataclasses
-import getpass
 import json
-import os
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import ray
 import yaml
-from mlflow.utils.mlflow_tags import MLFLOW_GIT_COMMIT, MLFLOW_SOURCE_NAME, MLFLOW_SOURCE_TYPE, MLFLOW_USER
 from ray.train import DataConfig
 
 from cxr_dist import cluster, preflight, storage
@@ -35,6 +32,7 @@ from cxr_dist.train.nodes import system_metrics
 from cxr_dist.train.outcome import last_line, recorded_outcome
 from cxr_dist.train.prepare import DEV_RUN_STEPS, bundles, make_job, prepare_weights, with_defaults
 from cxr_dist.train.progress import planned_samples
+from cxr_dist.train.shown import tags, user
 
 __all__ = ["train"]
 
@@ -68,7 +66,7 @@ def train_as_owner(job: TrainJob, manifest: Manifest, lease: Lease) -> dict[str,
         config,
         run_id=identity.run_id,
         params=flatten(config),
-        tags=tags(job, manifest),
+        tags=tags(job, manifest, new=identity.run_id is None),
         storage_dir=str(local_folder("journals", config.run.name)),
         folder=job.folder,
         is_ours=lease.held,
@@ -114,31 +112,6 @@ def check_samples(job: TrainJob, manifest: Manifest, trained: dict[str, Any]) ->
             f"images trained on: found SHA-256 {trained['samples_sha256']}, expected {expected} by the plan; "
             "this is a fault of the stream, please report it"
         )
-
-
-def tags(job: TrainJob, manifest: Manifest) -> dict[str, str]:
-    """What people filter runs by; keys with `mlflow.` are shown by its UI."""
-    commit = job.config.run.commit
-    return {
-        **({MLFLOW_GIT_COMMIT: commit} if commit else {}),
-        MLFLOW_SOURCE_NAME: "jobs/train.py",
-        MLFLOW_SOURCE_TYPE: "JOB",
-        MLFLOW_USER: user(),
-        "label_set": manifest.label_set,
-        "split": "official test list, validation by patient",
-        "manifest_sha256": manifest.hash,
-        "plan_sha256": job.plan.sha256,
-        "world_size": " or ".join(map(str, job.world_sizes)),
-        "run_folder": storage.shown(job.folder),
-    }
-
-
-def user() -> str:
-    """Name of the user, or the number of one without a name (containers)."""
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):
-        return str(os.getuid())
 
 
 def describe(tracked: TrackedRun, job: TrainJob, manifest: Manifest) -> None:

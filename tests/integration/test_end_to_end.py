@@ -4,6 +4,8 @@ Real radiographs where they are present, drawn ones in a clone without them. One
 trained for all tests of this file; what is asserted comes from the MLflow server and the object store.
 """
 
+import socket
+
 import mlflow.artifacts
 import numpy as np
 import pytest
@@ -63,7 +65,12 @@ def test_a_submitted_run_ends_with_everything_in_mlflow(trained, client, manifes
     assert {"train/images_per_s", "train/data_wait_fraction", "train/lr"} <= set(found.data.metrics)
     assert {"train/head_of_line_s", "train/rank_skew_fraction"} <= set(found.data.metrics)
     assert 0 < found.data.metrics["train/read_mb"] <= result["read_mb"]  # validation ends the run, after the last steps
-    assert any(name.startswith("system/node0") for name in found.data.metrics)
+    assert any(name.startswith(f"system/{socket.gethostname()}/") for name in found.data.metrics)
+    places = {key: client.get_metric_history(found.info.run_id, key) for key in ("epoch", "images_seen")}
+    assert [point.value for point in places["epoch"]] == [point.step / steps for point in history]
+    assert [point.value for point in places["images_seen"]] == [point.step * 32 for point in history]
+    assert found.data.tags["recipe"].startswith("random weights; denseblock4 trained")
+    assert (found.data.tags["world_size"], found.data.tags["commit"]) == ("2", COMMIT[:12])
     assert found.data.tags["mlflow.source.git.commit"] == COMMIT
     assert found.data.tags["test_evaluation"] == "number 1 of this experiment"
     for finding, value in result["test_auroc"].items():
