@@ -14,7 +14,7 @@ from cxr_dist.tracking import commit_tags
 from cxr_dist.train.identity import decisive
 from cxr_dist.train.job import TrainJob
 
-__all__ = ["description", "recipe", "tags", "user"]
+__all__ = ["description", "how_split", "recipe", "tags", "user"]
 
 NOT_RECIPE = {"run.name", "tracking.experiment", "train.seed"}
 """Of what decides a run's result: what runs of one recipe differ in."""
@@ -34,7 +34,7 @@ def tags(job: TrainJob, manifest: Manifest, *, new: bool) -> dict[str, str]:
         MLFLOW_SOURCE_TYPE: "JOB",
         MLFLOW_USER: user(),
         "label_set": manifest.label_set,
-        "split": split(manifest),
+        "split": how_split(manifest),
         "recipe": recipe(config),
         "manifest_sha256": manifest.hash,
         "plan_sha256": job.plan.sha256,
@@ -43,7 +43,7 @@ def tags(job: TrainJob, manifest: Manifest, *, new: bool) -> dict[str, str]:
     }
 
 
-def split(manifest: Manifest) -> str:
+def how_split(manifest: Manifest) -> str:
     """How the images were divided: equal for runs whose validation scores may be compared."""
     fraction, seed = manifest.validation_fraction, manifest.settings.get("split_seed", "unknown")
     return f"official test list, validation {fraction:.0%} of the patients, seed {seed}"
