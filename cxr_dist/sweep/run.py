@@ -21,7 +21,7 @@ from ray.tune.schedulers import ASHAScheduler
 
 from cxr_dist import cluster, preflight, storage
 from cxr_dist.capacity import wants_gpu
-from cxr_dist.config import Config, flatten
+from cxr_dist.config import Config
 from cxr_dist.data.manifest import Manifest
 from cxr_dist.errors import ConfigError, RunError
 from cxr_dist.sweep import table
@@ -30,7 +30,7 @@ from cxr_dist.sweep.recorder import Recorder
 from cxr_dist.sweep.space import Space, draw, flags, full_command, trial_config
 from cxr_dist.sweep.trial import EPOCH, SCORE, TrialRun, stop_key
 from cxr_dist.tracking import TrackedRun, commit_tags, open_run
-from cxr_dist.train import board
+from cxr_dist.train import board, shown
 from cxr_dist.train.checkpoint import run_folder
 from cxr_dist.train.lease import Lease, latest_claims
 from cxr_dist.train.prepare import bundles, with_defaults
@@ -224,7 +224,7 @@ def conclude(config: Config, record: Record, tracked: TrackedRun) -> dict[str, A
 
 def params(config: Config, space: Space, cut: Cut) -> dict[str, object]:
     """What the parent run shows: the values that all trials share, and what was swept."""
-    shared = {key: value for key, value in flatten(config).items() if key not in SWEPT}
+    shared = {key: value for key, value in shown.params(config).items() if key not in SWEPT}
     swept = {f"sweep.{key}": json.dumps(value) for key, value in dataclasses.asdict(space).items()}
     return {**shared, **swept, "sweep.min_epochs": cut.min_epochs, "sweep.reduction": cut.reduction}
 

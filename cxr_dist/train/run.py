@@ -13,7 +13,7 @@ from ray.train import DataConfig
 
 from cxr_dist import cluster, preflight, storage
 from cxr_dist.capacity import wants_gpu
-from cxr_dist.config import Config, flatten
+from cxr_dist.config import Config
 from cxr_dist.data.features import set_aside
 from cxr_dist.data.manifest import Manifest
 from cxr_dist.data.resident import DamagedFeatures
@@ -32,7 +32,7 @@ from cxr_dist.train.nodes import system_metrics
 from cxr_dist.train.outcome import last_line, recorded_outcome
 from cxr_dist.train.prepare import DEV_RUN_STEPS, bundles, make_job, prepare_weights, with_defaults
 from cxr_dist.train.progress import planned_samples
-from cxr_dist.train.shown import tags, user
+from cxr_dist.train.shown import params, tags, user
 
 __all__ = ["train"]
 
@@ -65,7 +65,7 @@ def train_as_owner(job: TrainJob, manifest: Manifest, lease: Lease) -> dict[str,
     with open_run(
         config,
         run_id=identity.run_id,
-        params=flatten(config),
+        params=params(config),
         tags=tags(job, manifest, new=identity.run_id is None),
         storage_dir=str(local_folder("journals", config.run.name)),
         folder=job.folder,
@@ -86,7 +86,7 @@ def train_as_owner(job: TrainJob, manifest: Manifest, lease: Lease) -> dict[str,
             corrupt = trained.pop("corrupt")
             result = {"run_id": tracked.run_id, "status": "FINISHED", "run_name": config.run.name, **trained}
             result["features"] = cache.summary()
-            result |= evaluate(tracked, job, corrupt, last_step=trained["steps"])
+            result |= evaluate(tracked, job, corrupt)
         except InputError as error:
             # the input was accepted: what fails now (a store that went away) is the run's failure
             raise RunError(last_line(error)) from error
@@ -129,7 +129,7 @@ def plain(config: Config) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
-def evaluate(tracked: TrackedRun, job: TrainJob, corrupt: dict[str, str], *, last_step: int) -> dict[str, Any]:
+def evaluate(tracked: TrackedRun, job: TrainJob, corrupt: dict[str, str]) -> dict[str, Any]:
     """The report of the best checkpoint: on test with thresholds from validation, or on validation alone.
 
     `corrupt` names the unreadable images of training and validation; those of the test split are added.
@@ -170,7 +170,8 @@ def evaluate(tracked: TrackedRun, job: TrainJob, corrupt: dict[str, str], *, las
         outcome["test_auroc"] = found["auroc"]
         named = {f"test/auroc/{name}": value for name, value in found["auroc"].items() if name != "mean"}
         named |= {"test/auroc_mean": found["auroc"]["mean"], "test/n_scored": float(len(judged))}
-        tracked.log_metrics({key: value for key, value in named.items() if value is not None}, step=last_step)
+        # step 0: MLflow's UI draws what was measured once as bars, run beside run, and not as curves of one point
+        tracked.log_metrics({key: value for key, value in named.items() if value is not None}, step=0)
     outcome |= {"artifacts": str(folder), "corrupt_images": len(corrupt)}
     return outcome
 

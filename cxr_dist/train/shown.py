@@ -8,13 +8,13 @@ import os
 from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE, MLFLOW_SOURCE_NAME, MLFLOW_SOURCE_TYPE, MLFLOW_USER
 
 from cxr_dist import storage
-from cxr_dist.config import Config
+from cxr_dist.config import Config, flatten
 from cxr_dist.data.manifest import Manifest
 from cxr_dist.tracking import commit_tags
 from cxr_dist.train.identity import decisive
 from cxr_dist.train.job import TrainJob
 
-__all__ = ["description", "how_split", "recipe", "tags", "user"]
+__all__ = ["description", "how_split", "params", "recipe", "tags", "user"]
 
 NOT_RECIPE = {"run.name", "tracking.experiment", "train.seed"}
 """Of what decides a run's result: what runs of one recipe differ in."""
@@ -41,6 +41,11 @@ def tags(job: TrainJob, manifest: Manifest, *, new: bool) -> dict[str, str]:
         "world_size": " or ".join(map(str, job.world_sizes)),
         "run_folder": storage.shown(job.folder),
     }
+
+
+def params(config: Config) -> dict[str, object]:
+    """What people compare runs by: the config without the run's names and addresses, which are no setting."""
+    return {key: value for key, value in flatten(config).items() if not key.startswith(("run.", "tracking."))}
 
 
 def how_split(manifest: Manifest) -> str:
