@@ -272,10 +272,18 @@ class EvaluateConfig:
     """Patient resamples behind every 95 % interval; 0: no intervals."""
     bootstrap_seed: int = 0
     """Seed of the resamples."""
+    saliency: int = 3
+    """Images of each finding that are shown with a heat map, of true positives, false positives and false negatives each; 0: none."""
+    boxes: str = ""
+    """URI of NIH's BBox_List_2017.csv (plain or .gz), which heat maps are held against; empty: they are not."""
+    box_side: int = 1024
+    """Side of the images that the boxes' coordinates are pixels of; NIH's are 1024, whatever was ingested."""
 
     def __post_init__(self) -> None:
         _require(self.bootstrap >= 0, "evaluate.bootstrap", self.bootstrap, "0 or more resamples")
         _require(self.bootstrap_seed >= 0, "evaluate.bootstrap_seed", self.bootstrap_seed, "0 or more")
+        _require(0 <= self.saliency <= 100, "evaluate.saliency", self.saliency, "0 to 100 images")
+        _require(16 <= self.box_side <= 1 << 15, "evaluate.box_side", self.box_side, "16 to 32768 pixels")
         _require_plain("evaluate", self)
 
 

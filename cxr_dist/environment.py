@@ -17,9 +17,10 @@ SETTINGS = {
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "RAY_AIR_NEW_OUTPUT": "0",
 }
 """MLflow's own defaults are 7 retries of up to 2 minutes and usage reports to its makers; Ray prints lines twice, draws
-progress bars into logs, Tune writes files of its own and swallows Ctrl-C, and after the loss of a node waits 60 s for room on it before it looks again what there is."""
+progress bars into logs, Tune draws tables, writes files of its own and swallows Ctrl-C, and after the loss of a node waits 60 s for room on it before it looks again what there is."""
 
 
 def apply() -> None:

@@ -16,6 +16,7 @@ from mlflow.exceptions import MlflowException
 from cxr_dist import storage
 from cxr_dist.capacity import check_resources, wants_gpu, world_sizes
 from cxr_dist.config import Config, flatten
+from cxr_dist.data.boxes import given_boxes
 from cxr_dist.data.images import PIXELS_VERSION
 from cxr_dist.data.manifest import MANIFEST, Manifest
 from cxr_dist.errors import ConfigError, DataError, InputError
@@ -23,6 +24,7 @@ from cxr_dist.experiment import absolute_uri, no_answer
 from cxr_dist.scrub import refuse_secrets, scrub
 
 __all__ = [
+    "check_boxes",
     "check_dataset",
     "check_positives",
     "check_resources",
@@ -52,6 +54,7 @@ def run(config: Config) -> Manifest:
     check_weights(config)
     manifest = check_dataset(config)
     check_positives(manifest, config)
+    check_boxes(config, manifest)
     world_sizes(config, manifest.row_group)
     check_tracking(config)
     check_storage(config)
@@ -170,6 +173,19 @@ def check_positives(manifest: Manifest, config: Config) -> None:
                 f"{name}: found no {kind} among the {train.num_rows} images of the train split, expected at least one; "
                 f"add {name} to train.skip_findings or ingest more images"
             )
+
+
+def check_boxes(config: Config, manifest: Manifest) -> None:
+    """The boxes at `evaluate.boxes`, if any, can be read, and are of the dataset's images."""
+    boxes = given_boxes(config.evaluate)
+    if not boxes:
+        return
+    ids = {image_id for split in manifest.splits for image_id in manifest.rows(split)["image_id"].to_pylist()}
+    if not any(box.image_id in ids for box in boxes):
+        raise DataError(
+            f"evaluate.boxes: found {len(boxes)} boxes in {storage.shown(config.evaluate.boxes)} (first {boxes[0].image_id}), none "
+            f"of an image in {storage.shown(manifest.uri)}, expected some; give the boxes of that release, or leave it empty"
+        )
 
 
 def _check_sqlite(uri: str) -> None:

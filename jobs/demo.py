@@ -42,7 +42,13 @@ def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     ingest(config)
     say(f"3/4  training with {config.train.workers[1]} DDP workers, then the test report")
     name = config.run.name or f"demo-{time.strftime('%Y%m%d-%H%M%S')}"
-    result = train(dataclasses.replace(config, run=dataclasses.replace(config.run, name=name)))
+    boxes = config.evaluate.boxes or str(Path(config.data.release, "BBox_List_2017.csv"))
+    config = dataclasses.replace(
+        config,
+        run=dataclasses.replace(config.run, name=name),
+        evaluate=dataclasses.replace(config.evaluate, boxes=boxes),
+    )
+    result = train(config)
     say(
         f"4/4  done in {time.monotonic() - began:.0f} s: mean AUROC {result['test_auroc']['mean']:.3f} on the test list"
     )

@@ -60,6 +60,12 @@ def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
         title=title,
     )
     print(table(report))
+    if args.checkpoint:
+        from cxr_dist.evaluate.saliency import add_saliency
+
+        add_saliency(args.out, config, args.checkpoint, scores, validation)
+    elif config.evaluate.boxes:
+        print("evaluate.boxes is not used: heat maps need the network, not its scores alone")
     if dropped:
         print(f"left out: {dropped:,} images with a finding outside {config.data.label_set} (its cleaning)")
     if args.scores and args.split == "test" and missing is None:
@@ -102,10 +108,12 @@ def _score(config: Config, checkpoint_uri: str, split: str) -> tuple[ScoreTable,
     from cxr_dist.capacity import wants_gpu
     from cxr_dist.data.manifest import Manifest
     from cxr_dist.evaluate.inference import score_split
+    from cxr_dist.preflight import check_boxes
     from cxr_dist.train.checkpoint import load_checkpoint
 
     uri, checkpoint_uri = storage.absolute(config.data.uri), storage.absolute(checkpoint_uri)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, uri=uri))
+    check_boxes(config, Manifest.load(uri))
     trained_on = load_checkpoint(checkpoint_uri)["manifest_sha256"]
     cluster.connect(2)
     use_gpu = wants_gpu(config, ray.cluster_resources())

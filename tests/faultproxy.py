@@ -46,6 +46,8 @@ class Seen:
     """First and last byte asked for."""
     connection: int
     """Number of the client's connection that it came over."""
+    body: bytes = field(default=b"", repr=False)
+    """Of a POST; of others it is not kept."""
     status: int = 0
     body_bytes: int = 0
     """Bytes of the answer's body that were handed to the network."""
@@ -159,6 +161,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _exchange(self) -> None:
         request = Seen(method=self.command, path=self.path, range=_range(self.headers), connection=self.number)
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if self.command == "POST":
+            request.body = body
         fault = self.server.proxy.rule(request) or Fault()
         self.server.proxy.note(request)
         try:

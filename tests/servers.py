@@ -83,4 +83,4 @@ def ingested(jobs, release) -> dict:
 @pytest.fixture(scope="session")
 def trained(jobs, train, ingested) -> Submitted:
     """A run that nothing disturbs."""
-    return run(jobs, f"{train} --run.name straight --run.commit {COMMIT}")
+    return run(jobs, f"{train} --evaluate.saliency 3 --run.name straight --run.commit {COMMIT}")

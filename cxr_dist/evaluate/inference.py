@@ -237,8 +237,8 @@ class Scorer:
         return table.drop_columns(["image", "draws"]).append_column("logits", column)
 
 
-def load_network(checkpoint_uri: str, device: torch.device) -> Network:
-    """The network of a checkpoint, ready to score."""
+def load_network(checkpoint_uri: str, device: torch.device, *, precision: str = "") -> Network:
+    """The network of a checkpoint, ready to score; in the precision that it was trained in if none is given."""
     checkpoint = load_checkpoint(checkpoint_uri)
     where = storage.join(checkpoint["folder"], "initial.pt")
     initial = weights.restore(storage.read_bytes(where), storage.shown(where))
@@ -246,7 +246,7 @@ def load_network(checkpoint_uri: str, device: torch.device) -> Network:
         initial,
         ModelConfig(**checkpoint["model"]),
         num_findings=len(checkpoint["findings"]),
-        precision=checkpoint["precision"],
+        precision=precision or checkpoint["precision"],
         device=device,
     )
     network.tail.load_state_dict(checkpoint["tail"])

@@ -139,12 +139,13 @@ class Tail(nn.Module):
     def __init__(self, features: nn.Sequential, num_findings: int, config: ModelConfig):
         super().__init__()
         self.features = features
+        self.relu = nn.ReLU()  # a module of its own, whose output Grad-CAM takes
         self.classifier = nn.Linear(WIDTH, num_findings)
         self.pooling = config.pooling
         self.lse_r = config.lse_r
 
     def forward(self, features_BCHW: Tensor) -> Tensor:
-        maps_BCHW = functional.relu(self.features(features_BCHW.contiguous(memory_format=torch.channels_last)))
+        maps_BCHW = self.relu(self.features(features_BCHW.contiguous(memory_format=torch.channels_last)))
         pooled_BC = log_sum_exp_pool(maps_BCHW, self.lse_r) if self.pooling == "lse" else maps_BCHW.mean((2, 3))
         return self.classifier(pooled_BC)
 

@@ -8,11 +8,10 @@ from ray import tune
 
 from cxr_dist.experiment import PENDING
 from cxr_dist.sweep.record import End, Record, TrialRecord
-from cxr_dist.sweep.trial import EPOCH, SCORE, WHOLE
+from cxr_dist.sweep.trial import EPOCH, FAILED, SCORE, WHOLE
 from cxr_dist.tracking import TrackedRun
 from cxr_dist.train.checkpoint import run_folder
 from cxr_dist.train.identity import read_run
-from cxr_dist.train.outcome import last_line
 
 __all__ = ["Recorder"]
 
@@ -31,7 +30,9 @@ class Recorder(tune.Callback):
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
         one = self.of(trial)
-        if one.add(result[EPOCH], result[SCORE]):
+        if FAILED in result:
+            self.ended(one, "failed", result[FAILED])
+        elif one.add(result[EPOCH], result[SCORE]):
             log.info("%s  epoch %d/%d  val mean AUROC %.4f", one.trial.name, result[EPOCH], self.epochs, result[SCORE])
             self.record.save()
 
@@ -46,8 +47,7 @@ class Recorder(tune.Callback):
             self.tag(one, why)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        error = trial.get_error()
-        self.ended(self.of(trial), "failed", last_line(error) if error else "its process was lost")
+        self.ended(self.of(trial), "failed", "the process that watched over it was lost")
 
     def of(self, trial: Any) -> TrialRecord:
         return self.record.trials[trial.config["trial"]["number"] - 1]

@@ -159,6 +159,7 @@ def run_trials(
                 name=config.run.name,
                 storage_path=folder,
                 verbose=0,
+                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # the runs keep their own
                 callbacks=[
                     Recorder(
                         record,
@@ -177,11 +178,7 @@ def stop_trials(config: Config, record: Record, tracked: TrackedRun) -> None:
     board.put(stop_key(tracked.run_id), b"1")
     tracked.finish("KILLED")
     record.save()
-    folders = [
-        run_folder(config.train.storage_path, one.trial.name)
-        for one in record.trials
-        if one.ended is None and one.curve
-    ]
+    folders = [run_folder(config.train.storage_path, one.trial.name) for one in record.trials if one.ended is None]
     ends = time.monotonic() + STOP_S
     while folders and time.monotonic() < ends:
         folders = [folder for folder in folders if not all(claim.surely_gone for claim in latest_claims(folder))]

@@ -7,7 +7,9 @@ read from the run's checkpoints, where an epoch counts once it is stored, so tra
 
 import ctypes
 import json
+import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,14 +21,14 @@ from typing import Any
 import ray
 from ray import tune
 
-from cxr_dist.errors import InputError, RunError
+from cxr_dist.errors import InputError
 from cxr_dist.train import board
 from cxr_dist.train.checkpoint import Checkpoints
 
-__all__ = ["EPOCH", "SCORE", "WHOLE", "TrialRun", "stop_key"]
+__all__ = ["EPOCH", "FAILED", "SCORE", "WHOLE", "TrialRun", "stop_key"]
 
-EPOCH, SCORE, WHOLE = "epoch", "val_auroc_mean", "whole"
-"""What a trial reports to Tune; `whole` is true of the last report of one that was not cut short."""
+EPOCH, SCORE, WHOLE, FAILED = "epoch", "val_auroc_mean", "whole", "failed"
+"""What a trial reports to Tune; `whole` is true of the last report of one that was not cut short, `failed` says why."""
 
 POLL_S = 1.0
 """Time between two looks at a trial's checkpoints, seconds."""
@@ -60,29 +62,29 @@ class TrialRun(tune.Trainable):
             epoch, score = self.known.pop(0)
             return self.report(epoch, score, done=self.child is None and not self.known)
         if self.child is None:
-            raise RunError(
-                "found a trial that has ended without a score, expected one; give the sweep another run.name"
-            )
+            return self.failed("found a trial that has ended without a score, expected one; give another run.name")
         checkpoints = Checkpoints(self.folder)
         while self.child.poll() is None:
             if board.get(self.stop_asked) is not None:
                 end(self.child)
-                raise RunError("the sweep was told to stop")
+                return self.failed("the sweep was told to stop")
             for epoch, score, finished in scored(checkpoints):
                 if epoch > self.reported and not finished:
                     return self.report(epoch, score, done=False)
             time.sleep(POLL_S)
         if self.child.returncode:
-            raise RunError(f"{last_words(self.log)} (exit {self.child.returncode}, {self.log})")
+            return self.failed(f"{last_words(self.log)} (exit code {self.child.returncode}; {self.log})")
         for epoch, score, _ in scored(checkpoints)[-1:]:
             return self.report(epoch, score, done=True)
-        raise RunError(
-            "validation mean AUROC is undefined, expected findings with positives and negatives in validation"
-        )
+        return self.failed("validation mean AUROC is undefined, expected findings with positives and negatives there")
 
     def report(self, epoch: int, score: float, *, done: bool) -> dict[str, Any]:
         self.reported = epoch
         return {EPOCH: epoch, SCORE: score, WHOLE: done, "done": done}
+
+    def failed(self, why: str) -> dict[str, Any]:
+        """The last report of a trial that failed: a value, for Tune would make a page of tracebacks out of an exception."""
+        return {EPOCH: self.reported, SCORE: math.nan, WHOLE: False, FAILED: why, "done": True}
 
     def cleanup(self) -> None:
         """The job ends with the trial: one that is pruned is told to stop."""
@@ -136,8 +138,8 @@ def end(child: subprocess.Popen[bytes]) -> None:
 def last_words(log: Path) -> str:
     """What the job said at its end: its last error line."""
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    errors = [line for line in lines if line.startswith("error: ") or " E failed: " in line]
-    return (errors or lines or ["it said nothing"])[-1].partition("error: ")[2] or (errors or lines or ["nothing"])[-1]
+    told = [found[1] for line in lines if (found := re.search(r"(?:^error| E failed): (.*)", line))]
+    return (told or lines or ["it said nothing"])[-1]
 
 
 def _dies_with_parent() -> Callable[[], None] | None:

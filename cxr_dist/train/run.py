@@ -20,6 +20,7 @@ from cxr_dist.data.resident import DamagedFeatures
 from cxr_dist.errors import InputError, RunError
 from cxr_dist.evaluate import report, scores
 from cxr_dist.evaluate.inference import score_split
+from cxr_dist.evaluate.saliency import add_saliency
 from cxr_dist.tracking import TrackedRun, open_run
 from cxr_dist.train.cache import Cache, prepare_features
 from cxr_dist.train.checkpoint import Checkpoints
@@ -162,6 +163,7 @@ def evaluate(tracked: TrackedRun, job: TrainJob, corrupt: dict[str, str]) -> dic
         title=job.config.run.name,
     )
     print(report.table(found))
+    add_saliency(folder, job.config, checkpoint, judged, validation)
     if corrupt:
         (folder / "corrupt_images.json").write_text(json.dumps(corrupt, indent=1))
     tracked.log_artifacts(folder)

@@ -16,7 +16,7 @@ from tests.conftest import ROOT
 from tests.drills.conftest import Drill
 from tests.integration.test_ingest import contents
 
-pytestmark = [pytest.mark.slow, pytest.mark.long]
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(3600)]
 
 KILLS = 20
 

@@ -4,7 +4,10 @@ Real radiographs where they are present, drawn ones in a clone without them. One
 trained for all tests of this file; what is asserted comes from the MLflow server and the object store.
 """
 
+import json
+import re
 import socket
+from collections.abc import Iterator
 
 import mlflow.artifacts
 import numpy as np
@@ -14,7 +17,10 @@ from ray.job_submission import JobStatus
 from cxr_dist import storage
 from cxr_dist.data.manifest import Manifest
 from cxr_dist.evaluate import scores
-from tests.submitting import COMMIT, EPOCHS, find, run
+from tests.conftest import ROOT
+from tests.faultproxy import FaultProxy, fault_proxy
+from tests.policy import documented, held_to, needs
+from tests.submitting import COMMIT, EPOCHS, Submitted, find, run, submit, wait
 
 pytestmark = pytest.mark.slow
 
@@ -29,6 +35,7 @@ ARTIFACTS = {
     "config.yaml",
     "scores.parquet",
     "split_audit.json",
+    "saliency.json",
 }
 
 
@@ -64,7 +71,8 @@ def test_a_submitted_run_ends_with_everything_in_mlflow(trained, client, manifes
     ]
     assert {"train/images_per_s", "train/data_wait_fraction", "train/lr"} <= set(found.data.metrics)
     assert {"train/head_of_line_s", "train/rank_skew_fraction"} <= set(found.data.metrics)
-    assert 0 < found.data.metrics["train/read_mb"] <= result["read_mb"]  # validation ends the run, after the last steps
+    # validation ends the run, after the last steps; the result is rounded to hundredths
+    assert 0 < found.data.metrics["train/read_mb"] <= result["read_mb"] + 0.005
     assert any(name.startswith(f"system/{socket.gethostname()}/") for name in found.data.metrics)
     places = {key: client.get_metric_history(found.info.run_id, key) for key in ("epoch", "images_seen")}
     assert [point.value for point in places["epoch"]] == [point.step / steps for point in history]
@@ -100,6 +108,17 @@ def test_the_logged_scores_are_every_test_row_and_give_the_logged_auroc(trained,
             assert found == pytest.approx(roc_auc_score(table.labels_NK[:, k], table.logits_NK[:, k]), abs=1e-12)
 
 
+def test_heat_maps_of_the_surest_images_are_logged(trained, client, tmp_path):
+    mlflow.artifacts.download_artifacts(
+        run_id=trained.result["run_id"], dst_path=str(tmp_path), tracking_uri=client.tracking_uri
+    )
+    found = json.loads((tmp_path / "saliency.json").read_text())
+    assert found["error"] is None
+    shown = {image["overlay"] for image in found["images"] if image["overlay"]}
+    assert shown
+    assert {str(path.relative_to(tmp_path)) for path in (tmp_path / "saliency").rglob("*.png")} == shown
+
+
 def test_no_credential_of_the_servers_is_in_the_log_or_in_mlflow(trained, client, full_stack, tmp_path):
     [found] = find(client, "straight")
     mlflow.artifacts.download_artifacts(
@@ -112,10 +131,36 @@ def test_no_credential_of_the_servers_is_in_the_log_or_in_mlflow(trained, client
         assert not [name for name, content in shown.items() if secret.encode() in content]
 
 
-def test_runs_from_features_are_the_run_without_and_share_what_is_whole(jobs, train, client, manifest):
-    flags = f"{train} --train.epochs 2 --train.views 1 --evaluate.test false --train.features_type fp32"
-    plain = run(jobs, f"{flags} --train.features off --run.name features-off")
-    kept = run(jobs, f"{flags} --train.features on --run.name features-on")
+@pytest.fixture(scope="module")
+def policed(full_stack) -> Iterator[FaultProxy]:
+    """The object store as one may use it under the policy of docs/security.md."""
+    policy = documented(ROOT / "docs" / "security.md", {"BUCKET": "cxr", "dataset": "nih"})
+    with fault_proxy(full_stack.env["AWS_ENDPOINT_URL"]) as proxy:
+        proxy.rule = held_to(policy)
+        yield proxy
+
+
+@pytest.fixture(scope="module")
+def with_features(jobs, train, manifest, policed) -> dict[str, Submitted]:
+    """The same run without kept features, with them, and with what the second kept; the first two at once."""
+    flags = f"{train} --train.epochs 2 --train.views 1 --train.features_type fp32"
+    env = {"AWS_ENDPOINT_URL": policed.url}
+    ids = {
+        "off": submit(jobs, f"{flags} --evaluate.test false --train.features off --run.name features-off"),
+        "on": submit(jobs, f"{flags} --train.features on --run.name features-on", env),
+    }
+    return {name: wait(jobs, job_id) for name, job_id in ids.items()}
+
+
+def test_a_run_needs_no_more_of_the_store_than_the_documented_policy(with_features, policed):
+    asked = {action for request in policed.seen for action, _, _ in needs(request)}
+    assert {"s3:GetObject", "s3:ListBucket", "s3:PutObject", "s3:DeleteObject"} <= asked
+    assert [request for request in policed.seen if request.status == 403] == []
+    assert with_features["on"].status == JobStatus.SUCCEEDED, with_features["on"].logs[-6000:]
+
+
+def test_runs_from_features_are_the_run_without_and_share_what_is_whole(jobs, train, client, manifest, with_features):
+    plain, kept = with_features["off"], with_features["on"]
     rows = {name: split.num_rows for name, split in manifest.splits.items()}
     assert kept.status == JobStatus.SUCCEEDED, kept.logs[-6000:]
     assert kept.result["features"]["computed"] == rows["train"] + rows["validation"]
@@ -127,6 +172,7 @@ def test_runs_from_features_are_the_run_without_and_share_what_is_whole(jobs, tr
     data = bytearray(storage.read_bytes(where))
     data[len(data) // 2] ^= 1
     storage.put_atomic(where, bytes(data))
+    flags = f"{train} --train.epochs 2 --train.views 1 --train.features_type fp32 --evaluate.test false"
     again = run(jobs, f"{flags} --train.features on --run.name features-again")
     assert again.status == JobStatus.SUCCEEDED, again.logs[-6000:]
     assert "00000.parquet: found another SHA-256 than the index has" in again.logs
@@ -145,14 +191,20 @@ def test_a_run_that_fails_is_failed_in_mlflow(jobs, train, client, ingested):
     assert "loss became" in found.data.tags["failure"]
 
 
-def test_evaluate_judges_a_checkpoint_as_the_run_did(jobs, trained):
+def test_evaluate_judges_a_checkpoint_as_the_run_did(jobs, trained, manifest):
+    image_id = manifest.rows("test")["image_id"][0].as_py()
+    boxes = f"Image Index,Finding Label,Bbox [x,y,w,h],,,\n{image_id},Effusion,225.08,547,86.8,79.2\n"
+    storage.put_atomic("s3://cxr/boxes.csv", boxes.encode())
     job = run(
         jobs,
         f"python jobs/evaluate.py --checkpoint {trained.result['checkpoint']} --split test --data.uri s3://cxr/nih"
-        " --data.size 64 --train.cpus_per_worker 0.5 --evaluate.bootstrap 0",
+        " --data.size 64 --train.cpus_per_worker 0.5 --evaluate.bootstrap 0"
+        " --evaluate.boxes s3://cxr/boxes.csv",
     )
     assert job.status == JobStatus.SUCCEEDED, job.logs[-6000:]
     assert job.result["auroc"] == trained.result["test_auroc"]
+    assert re.search(r"^finding +boxes +pointing", job.logs, re.MULTILINE)
+    assert re.search(r"^Effusion +1 +[01]\.000 ", job.logs, re.MULTILINE)
 
 
 @pytest.mark.parametrize(

@@ -85,6 +85,8 @@ def test_every_field_is_followed_by_its_meaning() -> None:
         ("train", {"seed": 1 << 63}, f"train.seed: found {1 << 63}, expected a number of at most 63 bits"),
         ("data", {"uri": "a\0b"}, r"data.uri: found 'a\x00b', expected text of one line"),
         ("evaluate", {"bootstrap_seed": -1}, "evaluate.bootstrap_seed: found -1, expected 0 or more"),
+        ("evaluate", {"saliency": -1}, "evaluate.saliency: found -1, expected 0 to 100 images"),
+        ("evaluate", {"box_side": 8}, "evaluate.box_side: found 8, expected 16 to 32768 pixels"),
         ("evaluate", {"bootstrap": -1}, "evaluate.bootstrap: found -1, expected 0 or more resamples"),
         (
             "run",

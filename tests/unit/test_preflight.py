@@ -17,11 +17,12 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from cxr_dist import capacity, experiment, preflight
-from cxr_dist.config import Config, DataConfig, ModelConfig, TrackingConfig, TrainConfig
+from cxr_dist.config import Config, DataConfig, EvaluateConfig, ModelConfig, TrackingConfig, TrainConfig
 from cxr_dist.data.images import PIXELS_VERSION
 from cxr_dist.data.manifest import ROW_GROUPS_SCHEMA, Manifest, Shard, Split
 from cxr_dist.data.nih import LABELS_SCHEMA, NIH8
 from cxr_dist.errors import ConfigError, DataError, InputError
+from tests.unit.test_manifest import make_dataset
 
 FINDINGS = NIH8
 
@@ -478,3 +479,23 @@ def test_run_gives_the_manifest_or_the_first_refusal(tmp_path: Path) -> None:
     late = dataclasses.replace(config, train=dataclasses.replace(config.train, global_batch=12))
     with pytest.raises(ConfigError, match=r"^train\.global_batch"):
         preflight.run(late)
+
+
+BOXES = "Image Index,Finding Label,Bbox [x,y,w,h],,,\n"
+
+
+def test_boxes_are_of_the_dataset_s_images(tmp_path: Path) -> None:
+    manifest, _ = make_dataset(tmp_path)
+    file = tmp_path / "boxes.csv"
+    config = Config(evaluate=EvaluateConfig(boxes=str(file)))
+    preflight.check_boxes(Config(), manifest)
+    with pytest.raises(DataError, match=r"evaluate\.boxes .*boxes\.csv: found no file"):
+        preflight.check_boxes(config, manifest)
+    file.write_text(BOXES + "90000000_000.png,Mass,1,1,5,5\n")
+    with pytest.raises(DataError, match=r"found 1 boxes in .*\(first 90000000_000\.png\), none of an image in"):
+        preflight.check_boxes(config, manifest)
+    file.write_text(BOXES + "90000000_000.png,Mass,1,1,5,5\n00000015_000.png,Mass,1,1,5,5\n")
+    preflight.check_boxes(config, manifest)
+    file.write_text(BOXES + "00000015_000.png,Mass,1,1,5,five\n")
+    with pytest.raises(DataError, match="row 2, column h: found 'five'"):
+        preflight.check_boxes(config, manifest)
