@@ -101,7 +101,8 @@ def trial_config(config: Config, trial: Trial, *, parent: str, decode_workers: i
     return dataclasses.replace(
         _with_values(config, trial),
         data=dataclasses.replace(config.data, decode_workers=config.data.decode_workers or decode_workers),
-        evaluate=dataclasses.replace(config.evaluate, test=False),
+        # what compares trials is one number; intervals and heat maps are for the run that is trained in full
+        evaluate=dataclasses.replace(config.evaluate, test=False, bootstrap=0, saliency=0),
         run=dataclasses.replace(config.run, name=trial.name, resume="auto"),
         tracking=dataclasses.replace(config.tracking, tags=(*config.tracking.tags, *mine)),
     )
