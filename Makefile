@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 
 export RAY_DISABLE_IMPORT_WARNING := 1
 
-.PHONY: help install demo test drills soak check audit format lock clean
+.PHONY: help install demo report-demo test drills soak check audit format lock clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -22,6 +22,9 @@ $(STAMP): requirements.lock pyproject.toml
 
 demo: install  ## a whole run in a few minutes: synthetic release, ingest, two DDP workers, report, MLflow
 	$(BIN)/python jobs/demo.py
+
+report-demo: install  ## the whole report of the latest demo again, in seconds (a demo first, if there is none)
+	$(BIN)/python jobs/demo.py --report
 
 test: install check  ## lint, types, known vulnerabilities, and every test
 	$(BIN)/python -m pytest

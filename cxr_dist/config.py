@@ -272,6 +272,11 @@ class EvaluateConfig:
     """Patient resamples behind every 95 % interval; 0: no intervals."""
     bootstrap_seed: int = 0
     """Seed of the resamples."""
+    calibration: Literal["platt", "isotonic"] = "platt"
+    """Curve per finding that makes probabilities of scores, fitted on validation: Platt's two numbers, or rising steps."""
+    second_labels: str = ""
+    """URI of another source's labels of the same images (CSV or Parquet: image ids, columns of 0/1 named as findings); empty:
+    none."""
     saliency: int = 3
     """Images of each finding that are shown with a heat map, of true positives, false positives and false negatives each; 0: none."""
     boxes: str = ""

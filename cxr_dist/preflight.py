@@ -20,6 +20,7 @@ from cxr_dist.data.boxes import given_boxes
 from cxr_dist.data.images import PIXELS_VERSION
 from cxr_dist.data.manifest import MANIFEST, Manifest
 from cxr_dist.errors import ConfigError, DataError, InputError
+from cxr_dist.evaluate.second_labels import read_second_labels
 from cxr_dist.experiment import absolute_uri, no_answer
 from cxr_dist.scrub import refuse_secrets, scrub
 
@@ -28,6 +29,7 @@ __all__ = [
     "check_dataset",
     "check_positives",
     "check_resources",
+    "check_second_labels",
     "check_secrets",
     "check_storage",
     "check_tracking",
@@ -54,6 +56,7 @@ def run(config: Config) -> Manifest:
     check_weights(config)
     manifest = check_dataset(config)
     check_positives(manifest, config)
+    check_second_labels(config)
     check_boxes(config, manifest)
     world_sizes(config, manifest.row_group)
     check_tracking(config)
@@ -152,6 +155,12 @@ def check_pixels(manifest: Manifest) -> None:
             f"{storage.shown(manifest.uri)}: found pixels_version {manifest.pixels_version!r}, this version makes "
             f"{PIXELS_VERSION!r}; ingest again to another data.uri, or use the version that wrote it"
         )
+
+
+def check_second_labels(config: Config) -> None:
+    """The second source of labels, which is wanted when training is over, can be read."""
+    if config.evaluate.second_labels:
+        read_second_labels(config.evaluate.second_labels)
 
 
 def check_positives(manifest: Manifest, config: Config) -> None:

@@ -4,6 +4,7 @@ import logging
 import tempfile
 import uuid
 from pathlib import Path
+from typing import Any
 
 from mlflow import MlflowClient
 
@@ -12,7 +13,7 @@ from cxr_dist.errors import InputError
 from cxr_dist.journal import MetricJournal, dump, load, send_records
 from cxr_dist.writes import Write
 
-__all__ = ["close", "keep", "send", "waits"]
+__all__ = ["close", "keep", "metrics", "send", "waits"]
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +50,16 @@ def keep(missed: list[Write], folder: str) -> None:
 def waits(folder: str) -> bool:
     """Whether something is kept under a run's folder."""
     return bool(storage.list_files(storage.join(folder, FOLDER)))
+
+
+def metrics(folder: str) -> list[dict[str, Any]]:
+    """The metric records that are kept under a run's folder; nothing is sent."""
+    records = []
+    for name, _ in storage.list_files(storage.join(folder, FOLDER)):
+        if name.endswith(".jsonl") and "/" not in name:
+            where = storage.join(folder, FOLDER, name)
+            records += load(storage.read_bytes(where), storage.shown(where))
+    return records
 
 
 def send(folder: str, tracking_uri: str, run_id: str) -> int:

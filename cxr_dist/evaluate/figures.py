@@ -4,146 +4,109 @@ Fourteen curves on one axes cannot be told apart by anyone, least of all by the 
 whose curve it is, and the colour only repeats it.
 """
 
-import math
 from collections.abc import Callable, Mapping
-from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from cxr_dist.evaluate.metrics import Curve, FindingMetrics, Metric, Metrics, pr_curve, roc_curve, thin
+from cxr_dist.evaluate.metrics import Curve, pr_curve, roc_curve, thin
+from cxr_dist.evaluate.plots.panels import CHANCE, COLOURS, CONTEXT, DASHED, INK, blank, colour, grid, head, unit_axes
 from cxr_dist.evaluate.scores import ScoreTable
 
-__all__ = ["COLOURS", "plot_pr", "plot_roc"]
+__all__ = ["COLOURS", "pr_figure", "roc_figure"]
 
-COLOURS: dict[str, str] = {
-    "Atelectasis": "#007a5a",
-    "Cardiomegaly": "#cc6677",
-    "Effusion": "#882255",
-    "Infiltration": "#117733",
-    "Mass": "#d55e00",
-    "Nodule": "#b05c8b",
-    "Pneumonia": "#661100",
-    "Pneumothorax": "#0072b2",
-    "Consolidation": "#b87a00",
-    "Edema": "#2f8f86",
-    "Emphysema": "#7d7d1f",
-    "Fibrosis": "#aa4499",
-    "Pleural_Thickening": "#332288",
-    "Hernia": "#4f7fb3",
-}
-"""The colour of each finding in every figure; all at least 3:1 against white."""
-_OTHER = "#444444"
-_CONTEXT = "#d9d9d9"
-_CHANCE = "#767676"
-_CONTEXT_POINTS = 200
+_POINTS, _CONTEXT_POINTS = 600, 48
+"""Points of a curve, and of one that only gives context: 14 × 13 of these are most of the SVG."""
+
+_SMALL: dict[str, Any] = {"ha": "center", "va": "bottom", "fontsize": 8.5, "color": INK}
 
 Points = Mapping[str, tuple[float, float]]
+Discrimination = Mapping[str, Any]
+"""That part of evaluation.json: what the panels say is what the tables say."""
 
 
-def plot_roc(path: str | Path, scores: ScoreTable, metrics: Metrics, operating: Points, *, title: str) -> None:
-    """Write a PNG with every finding's ROC curve, its AUROC and interval, and its operating point.
+def roc_figure(scores: ScoreTable, found: Discrimination, operating: Points, *, title: str) -> Figure:
+    """Every finding's ROC curve, its AUROC and interval, and its operating point.
 
     `operating` maps a finding to (false positive rate, true positive rate) at its validation threshold; findings
     without one get no dot.
     """
 
-    def decorate(axes: Axes, one: FindingMetrics) -> None:
-        axes.plot([0, 1], [0, 1], color=_CHANCE, linewidth=0.8, linestyle=(0, (4, 3)), zorder=2)
-        _note(axes, f"AUROC {_value(one.auroc)}\n{one.positives:,} positives", corner="lower right")
+    def decorate(axes: Axes, one: Mapping[str, Any]) -> None:
+        axes.plot([0, 1], [0, 1], color=CHANCE, linewidth=0.8, linestyle=DASHED, zorder=2)
+        axes.text(0.5, 1.02, f"AUROC {_value(one['auroc'])}", transform=axes.transAxes, **_SMALL)
 
-    labels = "False positive rate (1 - specificity)", "True positive rate (sensitivity)"
-    mean = f"Mean AUROC {_value(metrics.mean_auroc)}"
-    key = [mean, "Dashed: chance", "Grey: the other findings"]
-    _panels(path, scores, metrics, operating, roc_curve, decorate, labels, key, title)
+    labels = "False positive rate (1 − specificity)", "True positive rate (sensitivity)"
+    key = f"Mean AUROC {_value(found['mean']['auroc'])}.  Dashed: chance."
+    return _panels(scores, found, operating, roc_curve, decorate, labels, key, f"ROC curves: {title}")
 
 
-def plot_pr(path: str | Path, scores: ScoreTable, metrics: Metrics, operating: Points, *, title: str) -> None:
-    """Write a PNG with every finding's precision-recall curve, its average precision, and its operating point.
+def pr_figure(scores: ScoreTable, found: Discrimination, operating: Points, *, title: str) -> Figure:
+    """Every finding's precision-recall curve, its average precision, and its operating point.
 
     `operating` maps a finding to (recall, precision); the dashed line is the prevalence, which chance would give.
     """
 
-    def decorate(axes: Axes, one: FindingMetrics) -> None:
-        prevalence = one.positives / (one.positives + one.negatives)
-        axes.axhline(prevalence, color=_CHANCE, linewidth=0.8, linestyle=(0, (4, 3)), zorder=2)
-        _note(axes, f"AP {_value(one.average_precision)}\nprevalence {prevalence:.3f}", corner="upper right")
+    def decorate(axes: Axes, one: Mapping[str, Any]) -> None:
+        prevalence = one["positives"] / (one["positives"] + one["negatives"])
+        axes.axhline(prevalence, color=CHANCE, linewidth=0.8, linestyle=DASHED, zorder=2)
+        # above the panel: a good curve fills its corners
+        axes.text(0.5, 1.02, f"AP {_value(one['average_precision'])}", transform=axes.transAxes, **_SMALL)
 
-    mean = f"Mean AP {_value(metrics.mean_average_precision)}"
-    key = [mean, "Dashed: chance (prevalence)", "Grey: the other findings"]
-    _panels(path, scores, metrics, operating, pr_curve, decorate, ("Recall (sensitivity)", "Precision"), key, title)
+    labels = "Recall (sensitivity)", "Precision"
+    key = f"Mean AP {_value(found['mean']['average_precision'])}.  Dashed: chance (the prevalence)."
+    return _panels(scores, found, operating, pr_curve, decorate, labels, key, f"Precision-recall curves: {title}")
 
 
 def _panels(
-    path: str | Path,
     scores: ScoreTable,
-    metrics: Metrics,
+    found: Discrimination,
     operating: Points,
     curve_of: Callable[..., Curve],
-    decorate: Callable[[Axes, FindingMetrics], None],
+    decorate: Callable[[Axes, Mapping[str, Any]], None],
     axis_labels: tuple[str, str],
-    key: list[str],
+    key: str,
     title: str,
-) -> None:
+) -> Figure:
     curves = {
         finding: curve_of(scores.probabilities_NK[:, k], scores.labels_NK[:, k])
         for k, finding in enumerate(scores.findings)
-        if metrics.findings[finding].auroc.value is not None
+        if found[finding]["auroc"]["value"] is not None
     }
     context = {finding: thin(curve, _CONTEXT_POINTS) for finding, curve in curves.items()}
-    num_cells = len(scores.findings) + 1  # the last cell is the key
-    num_columns = 5 if num_cells > 12 else max(2, math.ceil(math.sqrt(num_cells)))
-    num_rows = math.ceil(num_cells / num_columns)
-    figure = Figure(figsize=(2.7 * num_columns, 2.65 * num_rows + 0.8), dpi=120, facecolor="white")
-    FigureCanvasAgg(figure)
-    grid = figure.subplots(num_rows, num_columns, squeeze=False)
-    cells = list(grid.flat)
-    for cell, finding in zip(cells, scores.findings, strict=False):
-        _frame(cell, finding)
+    more = ["Grey: the other findings."] if len(curves) > 1 else []
+    more += ["Dot: threshold by Youden's J, chosen on validation."] if operating else []
+    if any(one["auroc"]["lower"] is not None for one in found.values()):
+        more += ["[ ]: 95 % interval over patients."]
+    figure, cells = grid(
+        len(scores.findings),
+        title=f"{title}, {scores.split} split, {len(scores):,} images",
+        key=[key, "  ".join(more)],
+        x_label=axis_labels[0],
+        y_label=axis_labels[1],
+        gap=(0.22, 0.56),
+        above=0.5,
+    )
+    for cell, finding in zip(cells, scores.findings, strict=True):
+        head(cell, finding, pad=17)
+        unit_axes(cell)
         if finding not in curves:
-            reason = metrics.findings[finding].reason
-            cell.text(0.5, 0.5, f"no curve:\n{reason}", ha="center", va="center", fontsize=10, color=_OTHER)
+            blank(cell, found[finding]["reason"])
             continue
         for other, curve in context.items():
             if other != finding:
-                cell.plot(curve.x, curve.y, color=_CONTEXT, linewidth=0.7, zorder=1)
-        colour, curve = COLOURS.get(finding, _OTHER), thin(curves[finding])
-        cell.plot(curve.x, curve.y, color=colour, linewidth=1.8, zorder=3)
-        decorate(cell, metrics.findings[finding])
+                cell.plot(curve.x, curve.y, color=CONTEXT, linewidth=0.7, zorder=1)
+        curve = thin(curves[finding], _POINTS)
+        cell.plot(curve.x, curve.y, color=colour(finding), linewidth=1.8, zorder=3)
+        decorate(cell, found[finding])
         if finding in operating:
-            cell.plot(*operating[finding], "o", color=colour, markersize=6, markeredgecolor="white", zorder=4)
-    for cell in cells[len(scores.findings) :]:
-        cell.axis("off")
-    if operating:
-        key = [*key, "Dot: threshold by Youden's J,\nchosen on validation"]
-    if any(one.auroc.interval for one in metrics.findings.values()):
-        key = [*key, "Brackets: 95 % interval,\nresampling patients"]
-    cells[len(scores.findings)].text(0.0, 0.95, "\n".join(key), va="top", fontsize=9, linespacing=1.6, color="#222222")
-    figure.suptitle(f"{title}: {scores.split} split, {len(scores):,} images", fontsize=13)
-    figure.supxlabel(axis_labels[0], fontsize=11)
-    figure.supylabel(axis_labels[1], fontsize=11)
-    figure.tight_layout(rect=(0.005, 0.005, 1, 0.995), h_pad=1.2)
-    figure.savefig(path, metadata={"Software": None})
+            x, y = operating[finding]
+            cell.plot(x, y, "o", color=colour(finding), markersize=6, markeredgecolor="white", zorder=4)
+    return figure
 
 
-def _frame(axes: Axes, finding: str) -> None:
-    axes.set_title(finding.replace("_", " "), fontsize=11)
-    axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal")
-    ticks = [0.0, 0.5, 1.0]
-    axes.set_xticks(ticks, ["0", "0.5", "1"], fontsize=9)
-    axes.set_yticks(ticks, ["0", "0.5", "1"], fontsize=9)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def _note(axes: Axes, text: str, *, corner: str) -> None:
-    y, va = (0.03, "bottom") if corner == "lower right" else (0.97, "top")
-    box = {"facecolor": "white", "alpha": 0.85, "edgecolor": "none", "pad": 1.5}
-    axes.text(0.98, y, text, ha="right", va=va, fontsize=8.5, bbox=box, transform=axes.transAxes, zorder=5)
-
-
-def _value(metric: Metric) -> str:
-    if metric.value is None:
+def _value(value: Mapping[str, Any]) -> str:
+    if value["value"] is None:
         return "–"
-    interval = metric.interval
-    return f"{metric.value:.3f}" + (f" [{interval[0]:.3f}–{interval[1]:.3f}]" if interval else "")
+    return f"{value['value']:.3f}" + ("" if value["lower"] is None else f" [{value['lower']:.3f}–{value['upper']:.3f}]")

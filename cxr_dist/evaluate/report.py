@@ -5,18 +5,25 @@ validation table only.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 from numpy.typing import NDArray
 from sklearn.metrics import classification_report
 
-from cxr_dist.errors import DataError
-from cxr_dist.evaluate import figures
-from cxr_dist.evaluate.metrics import Metric, Metrics, measure, pr_curve, roc_curve, thin
+from cxr_dist.evaluate.analysis import analyse, check_disjoint, resampled
+from cxr_dist.evaluate.bootstrap import discrimination
+from cxr_dist.evaluate.figures import pr_figure, roc_figure
+from cxr_dist.evaluate.metrics import Metric, Metrics, pr_curve, roc_curve, thin
+from cxr_dist.evaluate.page import FIGURES, Illustrate, write_page
+from cxr_dist.evaluate.plots.panels import save
+from cxr_dist.evaluate.runrecord import RunRecord
 from cxr_dist.evaluate.scores import ScoreTable, write
+from cxr_dist.evaluate.second_labels import SecondLabels
 from cxr_dist.evaluate.thresholds import DEFAULT_THRESHOLD, fit
 
 __all__ = ["AVERAGES", "DEFAULT_THRESHOLD", "table", "write_report"]
@@ -33,41 +40,78 @@ def write_report(
     bootstrap: int = 1000,
     seed: int = 0,
     title: str = "Scores",
+    rows: pa.Table | None = None,
+    second: SecondLabels | None = None,
+    calibration: Literal["platt", "isotonic"] = "platt",
+    run: RunRecord | None = None,
+    illustrate: Illustrate | None = None,
+    commands: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Write the report of `scores` into a directory and return its numbers as plain JSON types, None where undefined.
 
-    Files: roc_curves.png, pr_curves.png; auroc.csv; classification_report.json and .md at the thresholds of Youden's J
-    on `validation` (0.5 without one); thresholds.json; curves.csv, each curve thinned to at most 2,000 points that
-    keep its ends and its shape; scores.parquet, and validation_scores.parquet if given.
+    Files: report.html, everything on one page; evaluation.json, all that is said of the scores (`analysis`), with sex, age
+    and view from `rows` (the manifest's) and another source's labels from `second` where they are given; figures, each as
+    PNG and SVG; auroc.csv; classification_report.json and .md at the thresholds of Youden's J on `validation` (0.5 without
+    one); thresholds.json; curves.csv, each curve thinned to at most 2,000 points that keep its ends and its shape;
+    scores.parquet, and validation_scores.parquet if given; run_record.json if the `run` that the scores came from is given.
+    `illustrate` gives the worst errors their pictures, `commands` make a report without a run again.
 
     Raises DataError if `validation` is of another split than validation, or shares images with a `scores` that is not
     that split itself.
     """
     folder = Path(directory)
     thresholds = _thresholds(scores, validation)
-    metrics = measure(scores, bootstrap=bootstrap, seed=seed)
+    found = resampled(scores, validation, bootstrap=bootstrap, seed=seed)
+    metrics = discrimination(found)
     called_NK = scores.probabilities_NK >= np.array([thresholds["used"][finding] for finding in scores.findings])
-    rows = _classification(scores, called_NK, metrics)
-    report = _summary(scores, metrics, thresholds, rows)
+    classes = _classification(scores, called_NK, metrics)
+    report = _summary(scores, metrics, thresholds, classes)
+    evaluation = analyse(
+        scores,
+        validation,
+        rows=rows,
+        second=second,
+        bootstrap=bootstrap,
+        seed=seed,
+        calibration=calibration,
+        found=found,
+    )
+    if second is not None:
+        report["second_labels"] = evaluation["second_labels"]
 
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # which patients have what, by image
     _write_json(folder / "thresholds.json", thresholds)
-    _write_json(folder / "classification_report.json", rows)
-    (folder / "classification_report.md").write_text(_markdown(report, rows, title), encoding="utf-8")
+    _write_json(folder / "evaluation.json", evaluation)
+    _write_json(folder / "classification_report.json", classes)
+    (folder / "classification_report.md").write_text(_markdown(report, classes, title), encoding="utf-8")
     _auroc_frame(metrics).to_csv(folder / "auroc.csv", index=False)
     tables = [scores] if validation is None or validation.split == scores.split else [validation, scores]
     pd.concat([_curve_frame(one) for one in tables]).to_csv(folder / "curves.csv", index=False, float_format="%.7g")
     roc_points, pr_points = _operating_points(scores, called_NK, thresholds, metrics)
-    figures.plot_roc(folder / "roc_curves.png", scores, metrics, roc_points, title=title)
-    figures.plot_pr(folder / "pr_curves.png", scores, metrics, pr_points, title=title)
+    drawn = {
+        "roc_curves": roc_figure(scores, evaluation["discrimination"], roc_points, title=title),
+        "pr_curves": pr_figure(scores, evaluation["discrimination"], pr_points, title=title),
+    }
     write(scores, folder / "scores.parquet")
     if validation is not None:
         write(validation, folder / "validation_scores.parquet")
+    write_page(
+        folder,
+        evaluation,
+        scores,
+        title=title,
+        thresholds=thresholds,
+        pictures={name: save(figure, folder / FIGURES, name) for name, figure in drawn.items()},
+        run=run,
+        illustrate=illustrate,
+        commands=commands,
+    )
     return report
 
 
 def table(report: dict[str, Any]) -> str:
-    """A report's AUROC, interval, average precision and positives per finding, as text for a terminal."""
+    """A report's AUROC, interval, average precision and positives per finding, as text for a terminal; below it the
+    AUROC by the second source of labels, where one was given."""
     width = max(len(finding) for finding in [*report["auroc"], "finding"])
     lines = [f"{'finding':<{width}}  AUROC  95 % interval     AP  95 % interval  positives"]
     for finding, value in report["auroc"].items():
@@ -86,7 +130,27 @@ def table(report: dict[str, Any]) -> str:
         f"{report['split']} split: {report['n_scored']:,} images of {report['n_patients']:,} patients; macro F1 "
         f"{_number(report['report']['macro_f1'])} (thresholds: {report['thresholds']['source']})"
     )
-    return "\n".join(lines)
+    return "\n".join([*lines, *_second_lines(report.get("second_labels"))])
+
+
+def _second_lines(second: dict[str, Any] | None) -> list[str]:
+    if second is None:
+        return []
+    lines = [f"by the labels of {second['source']} ({second['n_images_scored']:,} of its images were scored):"]
+    ours = {one["theirs"]: " or ".join(one["ours"]) for one in second["mapping"]}
+    for name, one in second["findings"].items():
+        values = [
+            f"{_number(value['value'])} {_span(None if value['lower'] is None else [value['lower'], value['upper']])}"
+            for value in (one["auroc"], one["auroc_first_labels"])
+        ]
+        reason = f" ({one['reason']})" if one["reason"] else ""
+        lines.append(
+            f"  {name}, {one['positives']:,} positives: {values[0]}; by the first labels there {values[1]}{reason}"
+        )
+        if ours[name] != name:
+            lines.append(f"    scored by the greatest of {ours[name]}")
+    unmapped = [name for name, finding in ours.items() if not finding]
+    return [*lines, f"  none of the scored findings is like {', '.join(unmapped)}"] if unmapped else lines
 
 
 def _thresholds(scores: ScoreTable, validation: ScoreTable | None) -> dict[str, Any]:
@@ -94,12 +158,7 @@ def _thresholds(scores: ScoreTable, validation: ScoreTable | None) -> dict[str, 
     source = f"{DEFAULT_THRESHOLD} for every finding, for no validation scores were given"
     if validation is not None:
         findings = {**fit(validation)}
-        shared = np.intersect1d(scores.image_ids, validation.image_ids)
-        if scores.split != "validation" and len(shared):
-            raise DataError(
-                f"thresholds: {len(shared)} images are both in the {scores.split} scores and in the validation scores "
-                f"(first {shared[0]}); expected disjoint tables, thresholds must not see what they are judged on"
-            )
+        check_disjoint(scores, validation)
         source = f"Youden's J on the validation split, {len(validation):,} images"
         if scores.split == "validation":
             source += ", which are the very images judged here"

@@ -1,37 +1,31 @@
 """Score tables: one row per scored image, the only thing that metrics, thresholds, figures and reports are made of.
 
 A table written here is Parquet with the columns image_id, patient_id, split and, per finding, logit_<finding> (where
-the model gave logits), prob_<finding> and label_<finding>. `read` gives it back exactly; `read_external` takes the
-probabilities of any model, as Parquet or CSV, and joins the labels by image id.
+the model gave logits), prob_<finding> and label_<finding>. `read` gives it back exactly. Tables of other programs are
+read in `external`.
 """
 
-import difflib
 import io
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from cxr_dist import storage
-from cxr_dist.data import nih, texts
+from cxr_dist.data import nih
 from cxr_dist.data.tables import read_table
 from cxr_dist.errors import DataError
 
-__all__ = ["FORMAT", "ScoreTable", "encoded", "from_logits", "read", "read_external", "write"]
+__all__ = ["FORMAT", "MAX_ROWS", "PREFIX", "ScoreTable", "encoded", "from_logits", "read", "write"]
 
 FORMAT = "cxr-dist/scores/1"
-_PREFIX = "prob_"
-_ID_COLUMNS = ("image_id", "Image Index")
+PREFIX = "prob_"
 MAX_ROWS = 10_000_000
 """Rows of a score table that are believed; NIH has 112,120 images."""
-_INDEXES = ("Unnamed:", "__index_level_")
-"""What pandas calls the row numbers of a table that was written with them."""
-_NOT_SCORES = {*_ID_COLUMNS, "patient_id", "Patient ID", "split", "No Finding"}
 
 
 @dataclass(frozen=True)
@@ -65,8 +59,8 @@ class ScoreTable:
                 raise DataError(f"score table: {name} are {array.shape}, expected {shape} (images, findings)")
         if self.patient_ids.shape != shape[:1]:
             raise DataError(f"score table: {len(self.patient_ids)} patient ids for {shape[0]} image ids")
-        _check_unique(self.image_ids, "score table")
-        _check_probabilities(self.probabilities_NK, self.findings, self.image_ids, "score table")
+        check_unique(self.image_ids, "score table")
+        check_probabilities(self.probabilities_NK, self.findings, self.image_ids, "score table")
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -80,6 +74,22 @@ class ScoreTable:
             probabilities_NK=self.probabilities_NK[keep_N],
             logits_NK=None if self.logits_NK is None else self.logits_NK[keep_N],
             labels_NK=self.labels_NK[keep_N],
+        )
+
+    def with_findings(self, findings: tuple[str, ...]) -> "ScoreTable":
+        """These columns, in this order; DataError if one is not there."""
+        lacking = [finding for finding in findings if finding not in self.findings]
+        if lacking:
+            raise DataError(
+                f"score table: found no scores of {', '.join(lacking)}, expected them among {', '.join(self.findings)}"
+            )
+        columns = [self.findings.index(finding) for finding in findings]
+        return replace(
+            self,
+            findings=findings,
+            probabilities_NK=self.probabilities_NK[:, columns],
+            logits_NK=None if self.logits_NK is None else self.logits_NK[:, columns],
+            labels_NK=self.labels_NK[:, columns],
         )
 
 
@@ -117,7 +127,7 @@ def encoded(table: ScoreTable) -> bytes:
     for k, finding in enumerate(table.findings):
         if table.logits_NK is not None:
             columns[f"logit_{finding}"] = pa.array(table.logits_NK[:, k], pa.float32())
-        columns[f"{_PREFIX}{finding}"] = pa.array(table.probabilities_NK[:, k], pa.float64())
+        columns[f"{PREFIX}{finding}"] = pa.array(table.probabilities_NK[:, k], pa.float64())
         columns[f"label_{finding}"] = pa.array(table.labels_NK[:, k], pa.bool_())
     metadata = {"format": FORMAT, "split": table.split}
     buffer = io.BytesIO()
@@ -133,16 +143,16 @@ def encoded(table: ScoreTable) -> bytes:
 
 def read(path: str | Path) -> ScoreTable:
     """Read a table that `write` wrote, exactly; raises DataError for any other file."""
-    data = _read_bytes(path)
-    metadata = _metadata(data)
+    data = read_bytes(path)
+    metadata = metadata_of(data)
     found = metadata.get("format", "no format mark")
     if found != FORMAT:
         raise DataError(
             f"{path}: found {found}, expected {FORMAT}; the scores of another program need the label CSV to be joined "
             "with (data.labels)"
         )
-    table = _read_parquet(data, str(path))
-    findings = tuple(name.removeprefix(_PREFIX) for name in table.column_names if name.startswith(_PREFIX))
+    table = read_parquet(data, str(path))
+    findings = tuple(name.removeprefix(PREFIX) for name in table.column_names if name.startswith(PREFIX))
     has_logits = bool(findings) and f"logit_{findings[0]}" in table.column_names
     columns_are_right = table.schema.remove_metadata() == _schema(findings, has_logits)
     if not columns_are_right or any(column.null_count for column in table.columns):
@@ -162,60 +172,13 @@ def read(path: str | Path) -> ScoreTable:
         patient_ids=table["patient_id"].to_numpy(),
         split=split,
         findings=findings,
-        probabilities_NK=stack(_PREFIX, np.float64),
+        probabilities_NK=stack(PREFIX, np.float64),
         logits_NK=stack("logit_", np.float32) if has_logits else None,
         labels_NK=stack("label_", np.bool_),
     )
 
 
-def read_external(path: str | Path, labels: pa.Table, findings: tuple[str, ...], *, split: str = "test") -> ScoreTable:
-    """Read any model's probabilities and join the labels by image id.
-
-    The file is Parquet or CSV (plain or .gz), told apart by content, with a column `image_id` or `Image Index` and one
-    column of probabilities per finding, named <finding> or prob_<finding>; where any column has the prefix, only those
-    with it are scores. Columns come in any order; findings that are absent are left out, at least one must be there.
-
-    `labels` is the table of `nih.read_labels`. `split` says what the images are; a table that `write` wrote knows it
-    itself. Raises DataError naming the column, row or image for anything that cannot be scored.
-    """
-    data = _read_bytes(path)
-    frame = _read_frame(data, str(path))
-    id_column = next((name for name in _ID_COLUMNS if name in frame.columns), None)
-    if id_column is None:
-        raise DataError(
-            f"{path}: no column image_id or 'Image Index' among {', '.join(texts.shown(str(c)) for c in frame.columns[:8])}"
-        )
-    columns = _score_columns(frame, findings, str(path))
-    present = tuple(finding for finding in findings if finding in columns)
-
-    image_ids = frame[id_column].astype(str).to_numpy(dtype=np.str_)
-    for number, image_id in enumerate(image_ids.tolist(), start=1):
-        texts.image_name(image_id, f"{path}: row {number}")
-    _check_unique(image_ids, str(path))
-    probabilities = np.empty((len(frame), len(present)))
-    for k, finding in enumerate(present):
-        probabilities[:, k] = _numbers(frame[columns[finding]], image_ids, str(path))
-    _check_probabilities(probabilities, tuple(columns[f] for f in present), image_ids, str(path))
-
-    rows = pd.Index(labels["image_id"].to_pylist()).get_indexer(pd.Index(image_ids.tolist()))
-    missing = image_ids[rows < 0].tolist()
-    if len(missing):
-        raise DataError(
-            f"{path}: {len(missing)} of {len(image_ids)} image ids have no label, first {', '.join(texts.shown(i) for i in missing[:3])}; "
-            "expected the file names of the label CSV, such as 00000001_000.png"
-        )
-    return ScoreTable(
-        image_ids=image_ids,
-        patient_ids=labels["patient_id"].to_numpy().astype(np.int64)[rows],
-        split=_metadata(data).get("split", split),
-        findings=present,
-        probabilities_NK=probabilities,
-        logits_NK=None,
-        labels_NK=nih.findings_matrix(labels)[rows][:, [nih.FINDINGS.index(finding) for finding in present]],
-    )
-
-
-def _read_bytes(path: str | Path) -> bytes:
+def read_bytes(path: str | Path) -> bytes:
     try:
         return storage.read_bytes(str(path))
     except FileNotFoundError:
@@ -228,12 +191,12 @@ def _schema(findings: tuple[str, ...], logits: bool) -> pa.Schema:
     for finding in findings:
         if logits:
             columns[f"logit_{finding}"] = pa.float32()
-        columns[f"{_PREFIX}{finding}"] = pa.float64()
+        columns[f"{PREFIX}{finding}"] = pa.float64()
         columns[f"label_{finding}"] = pa.bool_()
     return pa.schema(columns)
 
 
-def _metadata(data: bytes) -> dict[str, str]:
+def metadata_of(data: bytes) -> dict[str, str]:
     """What `write` noted in the schema; empty for any other file."""
     if data[:4] != b"PAR1":
         return {}
@@ -245,7 +208,7 @@ def _metadata(data: bytes) -> dict[str, str]:
     return metadata if metadata.get("format", "").startswith("cxr-dist/") else {}
 
 
-def _read_parquet(data: bytes, name: str) -> pa.Table:
+def read_parquet(data: bytes, name: str) -> pa.Table:
     """The table, without what pandas noted of it; pages that have a checksum are held to it."""
     try:
         rows = pq.read_metadata(io.BytesIO(data)).num_rows
@@ -254,62 +217,11 @@ def _read_parquet(data: bytes, name: str) -> pa.Table:
         table = read_table(data, page_checksum_verification=True)
         table.validate(full=True)
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise _unreadable(name, error) from None
+        raise unreadable(name, error) from None
     return table.replace_schema_metadata(None)
 
 
-def _read_frame(data: bytes, name: str) -> pd.DataFrame:
-    if data[:4] == b"PAR1":
-        return _read_parquet(data, name).to_pandas()
-    text = texts.unpack(data, name)
-    ids: dict[Any, Any] = dict.fromkeys(_ID_COLUMNS, str)
-    try:
-        return pd.read_csv(io.BytesIO(text), dtype=ids, float_precision="round_trip")
-    except (OSError, ValueError) as error:
-        raise _unreadable(name, error) from None
-
-
-def _unreadable(name: str, error: Exception) -> DataError:
-    reason = " ".join(str(error).split())[:160]
-    return DataError(f"{name}: cannot be read as Parquet or CSV ({reason}); expected a table of scores")
-
-
-def _score_columns(frame: pd.DataFrame, findings: tuple[str, ...], name: str) -> dict[str, str]:
-    """Finding → its column; NIH findings that are not wanted are ignored, other names are errors."""
-    names = [str(column) for column in frame.columns]
-    prefixed = [column for column in names if column.startswith(_PREFIX)]
-    numeric = {str(column) for column in frame.columns if pd.api.types.is_numeric_dtype(frame[column])}
-    columns: dict[str, str] = {}
-    for column in prefixed or names:
-        finding = column.removeprefix(_PREFIX)
-        if finding in findings:
-            columns[finding] = column
-        elif finding in (*nih.FINDINGS, *_NOT_SCORES) or column.startswith(_INDEXES):
-            continue
-        elif prefixed or column in numeric:
-            near = difflib.get_close_matches(finding, nih.FINDINGS, n=1, cutoff=0.0)[0]
-            raise DataError(
-                f"{name}: column {texts.shown(column)} is no finding, the nearest is {near!r}; rename or drop it"
-            )
-    if not columns:
-        raise DataError(f"{name}: no column of scores, expected at least one of {', '.join(findings)}")
-    return columns
-
-
-def _numbers(column: pd.Series, image_ids: NDArray[np.str_], name: str) -> NDArray[np.float64]:
-    numbers = pd.to_numeric(column, errors="coerce").to_numpy(dtype=np.float64)
-    bad = np.flatnonzero(np.isnan(numbers))
-    if len(bad):
-        row = int(bad[0])
-        found = "NaN or nothing" if pd.isna(column.iloc[row]) else texts.shown(str(column.iloc[row]))
-        raise DataError(
-            f"{name}: row {row + 1} ({image_ids[row]}), column {column.name}: found {found}, expected a probability "
-            f"({len(bad)} such rows); score the image or leave its row out"
-        )
-    return numbers
-
-
-def _check_probabilities(
+def check_probabilities(
     probabilities_NK: NDArray[np.float64], columns: tuple[str, ...], image_ids: NDArray[np.str_], name: str
 ) -> None:
     bad = ~((probabilities_NK >= 0) & (probabilities_NK <= 1))
@@ -320,8 +232,13 @@ def _check_probabilities(
         raise DataError(f"{name}: row {row + 1} ({image_ids[row]}), column {columns[k]}: found {value:g}, {hint}")
 
 
-def _check_unique(image_ids: NDArray[np.str_], name: str) -> None:
+def check_unique(image_ids: NDArray[np.str_], name: str) -> None:
     values, counts = np.unique(image_ids, return_counts=True)
     if (counts > 1).any():
         first = values[counts > 1][0]
         raise DataError(f"{name}: image id {first} is there {counts.max()} times; expected every image once")
+
+
+def unreadable(name: str, error: Exception) -> DataError:
+    reason = " ".join(str(error).split())[:160]
+    return DataError(f"{name}: cannot be read as Parquet or CSV ({reason}); expected a table of scores")

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from cxr_dist.errors import InputError, RunError
 from cxr_dist.evaluate import report, scores
 from cxr_dist.evaluate.inference import score_split
 from cxr_dist.evaluate.saliency import add_saliency
+from cxr_dist.evaluate.second_labels import read_second_labels
+from cxr_dist.evaluate.thumbnails import with_thumbnails
 from cxr_dist.tracking import TrackedRun, open_run
 from cxr_dist.train.cache import Cache, prepare_features
 from cxr_dist.train.checkpoint import Checkpoints
@@ -33,6 +36,7 @@ from cxr_dist.train.nodes import system_metrics
 from cxr_dist.train.outcome import last_line, recorded_outcome
 from cxr_dist.train.prepare import DEV_RUN_STEPS, bundles, make_job, prepare_weights, with_defaults
 from cxr_dist.train.progress import planned_samples
+from cxr_dist.train.record import run_record
 from cxr_dist.train.shown import params, tags, user
 
 __all__ = ["train"]
@@ -87,7 +91,7 @@ def train_as_owner(job: TrainJob, manifest: Manifest, lease: Lease) -> dict[str,
             corrupt = trained.pop("corrupt")
             result = {"run_id": tracked.run_id, "status": "FINISHED", "run_name": config.run.name, **trained}
             result["features"] = cache.summary()
-            result |= evaluate(tracked, job, corrupt)
+            result |= evaluate(tracked, job, manifest, trained, corrupt)
         except InputError as error:
             # the input was accepted: what fails now (a store that went away) is the run's failure
             raise RunError(last_line(error)) from error
@@ -120,17 +124,19 @@ def describe(tracked: TrackedRun, job: TrainJob, manifest: Manifest) -> None:
     counts = {name: split.num_rows for name, split in manifest.splits.items()}
     tracked.log_dataset(f"nih-{manifest.label_set}", manifest.hash, manifest.uri, counts)
     with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "config.yaml").write_text(yaml.safe_dump(plain(job.config), sort_keys=False))
+        Path(folder, "config.yaml").write_text(as_yaml(job.config))
         Path(folder, "split_audit.json").write_text(json.dumps(manifest.audit, indent=1))
         tracked.log_artifacts(folder)
 
 
-def plain(config: Config) -> dict[str, Any]:
+def as_yaml(config: Config) -> str:
     """The config as YAML that `--config` reads back."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
+    return yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(config))), sort_keys=False)
 
 
-def evaluate(tracked: TrackedRun, job: TrainJob, corrupt: dict[str, str]) -> dict[str, Any]:
+def evaluate(
+    tracked: TrackedRun, job: TrainJob, manifest: Manifest, trained: dict[str, Any], corrupt: dict[str, str]
+) -> dict[str, Any]:
     """The report of the best checkpoint: on test with thresholds from validation, or on validation alone.
 
     `corrupt` names the unreadable images of training and validation; those of the test split are added.
@@ -153,7 +159,9 @@ def evaluate(tracked: TrackedRun, job: TrainJob, corrupt: dict[str, str]) -> dic
         corrupt = corrupt | unreadable
         scores.write(judged, storage.join(job.folder, "scores/test.parquet"))
         outcome["n_scored"]["test"] = len(judged)
+        tracked.count_in_experiment("test_evaluations", tag="test_evaluation")
     folder = local_folder("reports", job.config.run.name)
+    second = job.config.evaluate.second_labels
     found = report.write_report(
         folder,
         judged,
@@ -161,14 +169,20 @@ def evaluate(tracked: TrackedRun, job: TrainJob, corrupt: dict[str, str]) -> dic
         bootstrap=job.config.evaluate.bootstrap,
         seed=job.config.evaluate.bootstrap_seed,
         title=job.config.run.name,
+        run=run_record(job, manifest, trained, config=as_yaml(job.config), unreadable=len(corrupt), now_s=time.time()),
+        illustrate=lambda worst: (
+            add_saliency(folder, job.config, checkpoint, judged, validation)
+            or with_thumbnails(worst, manifest.uri, judged.split, job.config.data)
+        ),
+        rows=manifest.rows(judged.split),
+        second=read_second_labels(second) if second else None,
+        calibration=job.config.evaluate.calibration,
     )
     print(report.table(found))
-    add_saliency(folder, job.config, checkpoint, judged, validation)
     if corrupt:
         (folder / "corrupt_images.json").write_text(json.dumps(corrupt, indent=1))
     tracked.log_artifacts(folder)
     if judged.split == "test":
-        tracked.count_in_experiment("test_evaluations", tag="test_evaluation")
         outcome["test_auroc"] = found["auroc"]
         named = {f"test/auroc/{name}": value for name, value in found["auroc"].items() if name != "mean"}
         named |= {"test/auroc_mean": found["auroc"]["mean"], "test/n_scored": float(len(judged))}

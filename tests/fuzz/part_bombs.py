@@ -16,7 +16,7 @@ from cxr_dist.data import images, nih
 from cxr_dist.data.archives import members
 from cxr_dist.data.manifest import Manifest
 from cxr_dist.errors import InputError
-from cxr_dist.evaluate import scores
+from cxr_dist.evaluate import external, scores
 from tests.fuzz import pngs
 from tests.fuzz.errors import sentence
 from tests.fuzz.mutate import Rng
@@ -42,7 +42,7 @@ def prepare() -> Callable[[int, Rng], bool]:
         return list(members(str(folder), path))
 
     def score_table(path: str) -> object:
-        return scores.read_external(folder / path, labels, nih.FINDINGS)
+        return external.read_external(folder / path, labels, nih.FINDINGS)
 
     def own_scores(path: str) -> object:
         return scores.read(folder / path)

@@ -13,7 +13,7 @@ import pandas as pd
 
 from cxr_dist.data import nih
 from cxr_dist.errors import InputError
-from cxr_dist.evaluate import scores
+from cxr_dist.evaluate import external, scores
 from cxr_dist.evaluate.scores import ScoreTable
 from tests.fuzz import mutate
 from tests.fuzz.errors import sentence
@@ -41,7 +41,7 @@ def prepare() -> Callable[[int, Rng], bool]:
         data = mutate.damaged(rng, original)
         path.write_bytes(data)
         try:
-            found = scores.read(path) if kind == 0 else scores.read_external(path, labels, nih.FINDINGS)
+            found = scores.read(path) if kind == 0 else external.read_external(path, labels, nih.FINDINGS)
         except InputError as error:
             return sentence(error, str(path))
         if kind in (0, 2):  # both are held to checksums

@@ -10,7 +10,7 @@ import pytest
 
 from cxr_dist.data.nih import FINDINGS
 from cxr_dist.errors import RunError
-from cxr_dist.evaluate.scores import read_external
+from cxr_dist.evaluate.external import read_external
 from cxr_dist.predict.part import DamagedPartError, make_part, read_part, write_part
 
 IDS = ["a/0.png", "a/1.png", "b/2.png"]

@@ -499,3 +499,15 @@ def test_boxes_are_of_the_dataset_s_images(tmp_path: Path) -> None:
     file.write_text(BOXES + "00000015_000.png,Mass,1,1,5,five\n")
     with pytest.raises(DataError, match="row 2, column h: found 'five'"):
         preflight.check_boxes(config, manifest)
+
+
+class TestSecondLabels:
+    def test_none_and_a_good_file_pass(self, tmp_path: Path) -> None:
+        preflight.check_second_labels(Config())
+        (tmp_path / "labels.csv").write_text("image_id,Mass\na.png,1\n")
+        preflight.check_second_labels(Config(evaluate=EvaluateConfig(second_labels=f"{tmp_path}/labels.csv")))
+
+    def test_what_cannot_be_read_is_known_before_training(self, tmp_path: Path) -> None:
+        config = Config(evaluate=EvaluateConfig(second_labels=f"{tmp_path}/none.csv"))
+        with pytest.raises(DataError, match=r"none\.csv: no such file"):
+            preflight.check_second_labels(config)

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
-from sklearn.metrics import classification_report
+from sklearn.metrics import classification_report, roc_auc_score
 
 from cxr_dist.cli import run_job
 from cxr_dist.data import nih
@@ -19,6 +19,8 @@ from cxr_dist.errors import DataError
 from cxr_dist.evaluate.figures import COLOURS
 from cxr_dist.evaluate.report import AVERAGES, table, write_report
 from cxr_dist.evaluate.scores import ScoreTable, read, write
+from cxr_dist.evaluate.second_labels import read_second_labels
+from cxr_dist.evaluate.thresholds import RULES
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 FINDINGS = ("Effusion", "Mass", "Hernia")
@@ -49,8 +51,9 @@ def test_files_and_result(tmp_path: Path) -> None:
         "classification_report.json",
         "classification_report.md",
         "curves.csv",
-        "pr_curves.png",
-        "roc_curves.png",
+        "evaluation.json",
+        "figures",
+        "report.html",
         "scores.parquet",
         "thresholds.json",
         "validation_scores.parquet",
@@ -124,7 +127,7 @@ def test_a_finding_undefined_on_validation_falls_back_and_is_named(tmp_path: Pat
     labels[:, 1] = False
     result = write_report(tmp_path, scored("test"), dataclasses.replace(validation, labels_NK=labels), bootstrap=0)
     assert result["thresholds"]["used"]["Mass"] == 0.5
-    assert result["thresholds"]["findings"]["Mass"] == {"youden": None, "f1": None}
+    assert result["thresholds"]["findings"]["Mass"] == dict.fromkeys(RULES)
     assert "(0.5 for Mass: undefined there)" in result["thresholds"]["source"]
 
 
@@ -167,7 +170,7 @@ def test_auroc_csv_and_curves_csv(tmp_path: Path) -> None:
 def test_figures_are_drawn_even_where_nothing_is_defined(tmp_path: Path) -> None:
     write_report(tmp_path, scored("test").select(np.zeros(300, bool)), bootstrap=10)
     for name in ("roc_curves.png", "pr_curves.png"):
-        with Image.open(tmp_path / name) as image:
+        with Image.open(tmp_path / "figures" / name) as image:
             assert image.getpixel((0, 0))[:3] == (255, 255, 255)
             assert image.width > 500
 
@@ -190,6 +193,32 @@ def test_table_for_the_terminal(tmp_path: Path) -> None:
     assert lines[3].split() == ["Hernia", "-", "no", "positives"]
     assert lines[4].startswith("mean      0.")
     assert max(map(len, lines[:5])) <= 80
+
+
+def test_a_second_source_is_a_second_column(tmp_path: Path) -> None:
+    text = "Image Index,Nodule or mass,Fracture\n" + "".join(f"{i:08d}_000.png,{i % 2},1\n" for i in range(40))
+    (tmp_path / "labels.csv").write_text(text)
+    second = read_second_labels(tmp_path / "labels.csv")
+    scores = scored("test")
+    result = write_report(tmp_path / "out", scores, scored("validation", first=1000), bootstrap=10, second=second)
+    evaluation = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert result["second_labels"] == evaluation["second_labels"]
+    expected = roc_auc_score(np.arange(40) % 2, scores.probabilities_NK[:40, 1])
+    assert evaluation["second_labels"]["findings"]["Nodule or mass"]["auroc"]["value"] == pytest.approx(expected)
+    lines = table(result).splitlines()[-4:]
+    assert lines[0] == "by the labels of labels.csv (40 of its images were scored):"
+    assert lines[1].startswith(f"  Nodule or mass, 20 positives: {expected:.3f} 0.")
+    assert lines[2:] == ["    scored by the greatest of Mass", "  none of the scored findings is like Fracture"]
+
+
+def test_evaluation_json_has_subgroups_where_rows_are_given(tmp_path: Path) -> None:
+    scores = scored("test")
+    header = "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position\n"
+    rows = [f"{name},No Finding,0,{int(name[:8])},57,{'MF'[i % 2]},PA" for i, name in enumerate(scores.image_ids)]
+    labels = nih.read_labels((header + "\n".join(rows)).encode(), "labels")
+    write_report(tmp_path, scores, bootstrap=5, rows=labels)
+    evaluation = json.loads((tmp_path / "evaluation.json").read_text())
+    assert {name: one["n_images"] for name, one in evaluation["subgroups"]["sex"].items()} == {"M": 150, "F": 150}
 
 
 def test_reports_need_no_ray_torch_or_mlflow() -> None:
@@ -224,7 +253,7 @@ def test_job_on_own_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert json.loads((tmp_path / "result.json").read_text()) == result
     assert result["thresholds"]["source"].startswith("Youden's J on the validation split")
     assert human[0].startswith("finding")
-    assert (tmp_path / "out" / "roc_curves.png").is_file()
+    assert (tmp_path / "out" / "figures" / "roc_curves.png").is_file()
 
 
 def test_job_cleans_a_foreign_table_as_nih8_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,8 +14,9 @@ import pytest
 
 from cxr_dist.data import nih
 from cxr_dist.errors import DataError
+from cxr_dist.evaluate.external import read_external
 from cxr_dist.evaluate.metrics import auroc
-from cxr_dist.evaluate.scores import FORMAT, ScoreTable, read, read_external, write
+from cxr_dist.evaluate.scores import FORMAT, ScoreTable, read, write
 
 LABELS = b"""Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position
 00000001_000.png,Mass,0,1,57,M,PA

@@ -27,7 +27,7 @@ from ray.data._internal.object_extensions.arrow import ArrowPythonObjectType
 from cxr_dist import cluster, writes
 from cxr_dist.data import archives, manifest, nih, tables
 from cxr_dist.errors import DataError, InputError
-from cxr_dist.evaluate import scores
+from cxr_dist.evaluate import external
 from cxr_dist.folders import private_folder
 from cxr_dist.journal import MetricJournal
 from cxr_dist.model import weights
@@ -238,7 +238,7 @@ def test_no_table_of_storage_is_executed(tmp_path: Path, trace: Path) -> None:
         "labels",
     )
     with pytest.raises(DataError, match=r"cannot be read .*expected plain values"):
-        scores.read_external(tmp_path / "row_groups.parquet", labels, ("Mass",))
+        external.read_external(tmp_path / "row_groups.parquet", labels, ("Mass",))
     assert not trace.exists()
 
 
