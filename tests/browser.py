@@ -36,7 +36,7 @@ class Ui:
 
     def picture(self, name: str) -> None:
         """Keep a picture of what is seen now."""
-        self.page.screenshot(path=str(self.shots / f"{name}.png"))
+        self.page.screenshot(timeout=WAIT_MS, path=str(self.shots / f"{name}.png"))
 
     def chart(self, title: str) -> Any:
         """The plot of the chart card with that title, once something is drawn in it."""
@@ -64,7 +64,7 @@ def traces(plot: Any) -> dict[str, tuple[list[float], list[float]]]:
 def is_drawn(element: Any, *, width: int, height: int, colours: int) -> None:
     """An element is seen at that size at least, in that many colours at least, none of which fills it."""
     element.scroll_into_view_if_needed()
-    pixels = np.asarray(Image.open(io.BytesIO(element.screenshot())).convert("RGB"))
+    pixels = np.asarray(Image.open(io.BytesIO(element.screenshot(timeout=WAIT_MS))).convert("RGB"))
     assert pixels.shape[0] >= height, pixels.shape
     assert pixels.shape[1] >= width, pixels.shape
     _, counts = np.unique(pixels.reshape(-1, 3), axis=0, return_counts=True)

@@ -13,7 +13,7 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 
 from cxr_dist.data.synth import write_release
 from infra.local.stack import Stack, start
-from tests.submitting import COMMIT, TRAIN, Submitted, run
+from tests.submitting import COMMIT, SHORT, TRAIN, Submitted, run
 
 
 @pytest.fixture(scope="session")
@@ -84,3 +84,9 @@ def ingested(jobs, release) -> dict:
 def trained(jobs, train, ingested) -> Submitted:
     """A run that nothing disturbs."""
     return run(jobs, f"{train} --evaluate.saliency 3 --run.name straight --run.commit {COMMIT}")
+
+
+@pytest.fixture(scope="session")
+def second(jobs, train, ingested) -> Submitted:
+    """A shorter run of the same data, without features, test or heat maps."""
+    return run(jobs, f"{SHORT.format(train=train)} --evaluate.test false --train.features off --run.name features-off")

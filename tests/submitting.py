@@ -22,6 +22,7 @@ TRAIN = (
     " --train.features off"  # what auto finds faster may change from run to run on a machine that does other things too
     f" --train.epochs {EPOCHS} --train.storage_path s3://cxr/runs --evaluate.bootstrap 50 --evaluate.saliency 0"
 )
+SHORT = "{train} --train.epochs 2 --train.views 1 --train.features_type fp32"
 
 
 @dataclass

@@ -139,6 +139,9 @@ def run_trials(
             }
         )
     log.info("%d trials, %d at a time, on %s; their logs: %s", len(about), parallel, config.train.num_workers, logs)
+    logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(
+        logging.ERROR
+    )  # it misses files that none wrote
     here = f"node:{ray.util.get_node_ip_address()}"  # where the code and the logs are; it takes no CPU of the ranks
     with tempfile.TemporaryDirectory(prefix="cxr-dist-tune-") as folder:
         tune.Tuner(

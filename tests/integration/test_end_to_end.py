@@ -20,7 +20,7 @@ from cxr_dist.evaluate import scores
 from tests.conftest import ROOT
 from tests.faultproxy import FaultProxy, fault_proxy
 from tests.policy import documented, held_to, needs
-from tests.submitting import COMMIT, EPOCHS, Submitted, find, run, submit, wait
+from tests.submitting import COMMIT, EPOCHS, SHORT, Submitted, find, run
 
 pytestmark = pytest.mark.slow
 
@@ -143,15 +143,13 @@ def policed(full_stack) -> Iterator[FaultProxy]:
 
 
 @pytest.fixture(scope="module")
-def with_features(jobs, train, manifest, policed) -> dict[str, Submitted]:
-    """The same run without kept features, with them, and with what the second kept; the first two at once."""
-    flags = f"{train} --train.epochs 2 --train.views 1 --train.features_type fp32"
+def with_features(jobs, train, manifest, policed, second) -> dict[str, Submitted]:
+    """The same run without kept features, and with them."""
     env = {"AWS_ENDPOINT_URL": policed.url}
-    ids = {
-        "off": submit(jobs, f"{flags} --evaluate.test false --train.features off --run.name features-off"),
-        "on": submit(jobs, f"{flags} --train.features on --run.name features-on", env),
+    return {
+        "off": second,
+        "on": run(jobs, f"{SHORT.format(train=train)} --train.features on --run.name features-on", env),
     }
-    return {name: wait(jobs, job_id) for name, job_id in ids.items()}
 
 
 def test_a_run_needs_no_more_of_the_store_than_the_documented_policy(with_features, policed):
