@@ -21,7 +21,7 @@ MODE = "workflowType=machine_learning"
 
 
 @pytest.fixture(scope="module")
-def ui(full_stack, trained, second) -> Iterator[Ui]:
+def ui(full_stack, second_id, trained, second) -> Iterator[Ui]:
     with chromium(full_stack.addresses["mlflow"]) as found:
         yield found
 
@@ -103,15 +103,15 @@ def is_a_figure(ui: Ui) -> None:
 
 
 def is_a_report(ui: Ui) -> None:
-    """The artifact viewer shows the page in a frame, which may load nothing from elsewhere: text and figures."""
+    """The artifact viewer shows the page in a frame, which may load nothing from elsewhere: text, numbers, figures."""
     frame = ui.page.frame_locator("iframe")
-    frame.get_by_role("heading", name="straight").first.wait_for()
-    table = frame.locator("table").first
-    table.wait_for()
-    assert "Effusion" in table.inner_text()
-    figure = frame.locator("svg, img").first
+    heading = frame.get_by_role("heading", name="straight").first
+    heading.wait_for()
+    assert "Effusion" in frame.locator("table").first.inner_text()
+    figure = frame.locator("figure").first
     figure.wait_for()
-    is_drawn(figure, width=250, height=100, colours=20)
+    is_drawn(figure, width=300, height=150, colours=50)
+    heading.scroll_into_view_if_needed()
 
 
 RENDERED: dict[str, Callable[[Ui], None]] = {"figures/roc_curves.png": is_a_figure, "report.html": is_a_report}

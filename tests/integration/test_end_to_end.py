@@ -143,13 +143,11 @@ def policed(full_stack) -> Iterator[FaultProxy]:
 
 
 @pytest.fixture(scope="module")
-def with_features(jobs, train, manifest, policed, second) -> dict[str, Submitted]:
-    """The same run without kept features, and with them."""
+def with_features(jobs, train, manifest, policed, second_id, request) -> dict[str, Submitted]:
+    """The same run without kept features, and with them; at once, if the first has not been made yet."""
     env = {"AWS_ENDPOINT_URL": policed.url}
-    return {
-        "off": second,
-        "on": run(jobs, f"{SHORT.format(train=train)} --train.features on --run.name features-on", env),
-    }
+    kept = run(jobs, f"{SHORT.format(train=train)} --train.features on --run.name features-on", env)
+    return {"off": request.getfixturevalue("second"), "on": kept}
 
 
 def test_a_run_needs_no_more_of_the_store_than_the_documented_policy(with_features, policed):
