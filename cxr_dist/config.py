@@ -331,6 +331,8 @@ class TrackingConfig:
     """Register it, and make it the champion if a patient-paired test on validation scores finds it better than the one there is."""
     required: bool = True
     """Whether a run may only begin if MLflow answers; false: it begins in any case, and what MLflow missed is told to it later."""
+    tags: tuple[str, ...] = ()
+    """Tags of your own for the run, KEY=VALUE each; those that the job sets itself win."""
 
     def __post_init__(self) -> None:
         _require(bool(self.experiment), "tracking.experiment", self.experiment, "a name")
@@ -352,6 +354,13 @@ class TrackingConfig:
             self.log_model,
             "true with tracking.register or tracking.promote: a version is a logged model",
         )
+        for tag in self.tags:
+            _require(
+                re.fullmatch(r"[\w\-. /]{1,250}=[^\x00-\x1f]*", tag) is not None,
+                "tracking.tags",
+                tag,
+                "KEY=VALUE, a key of letters, digits and _-. /",
+            )
         _require_plain("tracking", self)
 
 

@@ -16,10 +16,13 @@ SETTINGS = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "RAY_AIR_NEW_OUTPUT": "0",
 }
 """MLflow's own defaults are 7 retries of up to 2 minutes, usage reports to its makers and progress bars in logs; Ray prints
 lines twice, draws progress bars too, and after the loss of a node waits 60 s for room on it before it looks again what there
-is."""
+is; Tune draws tables, writes files of its own and swallows Ctrl-C."""
 
 
 def apply() -> None:

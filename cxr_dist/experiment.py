@@ -7,15 +7,18 @@ from pathlib import Path
 from mlflow import MlflowClient
 from mlflow.entities import Experiment
 from mlflow.exceptions import MlflowException
+from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE
 
 from cxr_dist.errors import InputError
+from cxr_dist.views import VIEWS, link, view_tags
 
 __all__ = ["PENDING", "absolute_uri", "create_run", "no_answer"]
 
 ANSWER_S = 5.0
 
-EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
-"""Makes MLflow's UI open the experiment as model training, with its charts, and not as language-model traces."""
+EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development", **view_tags()}
+"""The first makes MLflow's UI open the experiment as model training, with its charts, and not as language-model traces,
+for those who have not chosen either; the others are views of its runs."""
 
 PENDING = "pending-"
 """Beginning of the id of a run that MLflow does not have yet; its tag `pending_id` once it has."""
@@ -57,15 +60,26 @@ def create_run(client: MlflowClient, tracking_uri: str, experiment: str, name: s
 
 def _find_experiment(client: MlflowClient, tracking_uri: str, name: str) -> Experiment:
     found = client.get_experiment_by_name(name)
-    if found is not None:
-        return found
-    try:
-        created = client.create_experiment(name, _artifacts_beside(tracking_uri), tags=EXPERIMENT_TAGS)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
-            raise
-        return client.get_experiment_by_name(name)
-    return client.get_experiment(created)
+    if found is None:
+        try:
+            created = client.create_experiment(name, _artifacts_beside(tracking_uri), tags=EXPERIMENT_TAGS)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+            return client.get_experiment_by_name(name)
+        # once: people may write their own
+        client.set_experiment_tag(created, MLFLOW_RUN_NOTE, _note(created))
+        return client.get_experiment(created)
+    for key, value in EXPERIMENT_TAGS.items():  # one that somebody else made, or an earlier version
+        if found.lifecycle_stage == "active" and found.tags.get(key) != value:
+            client.set_experiment_tag(found.experiment_id, key, value)
+    return found
+
+
+def _note(experiment_id: str) -> str:
+    """Description of an experiment: where its charts are."""
+    links = (f"[{name.replace('-', ' ')}]({link(experiment_id, name)})" for name in VIEWS)
+    return f"Runs side by side: {', '.join(links)}. Scores under `test/` are of the official test list."
 
 
 def absolute_uri(tracking_uri: str) -> str:

@@ -77,7 +77,7 @@ class MetricJournal:
         with self._changed:
             return len(self._waiting)
 
-    def log(self, metrics: Mapping[str, float], *, step: int, epoch: int | None = None) -> None:
+    def log(self, metrics: Mapping[str, float], *, step: int, epoch: float | None = None) -> None:
         """Record metrics at a step (NaN and infinities allowed); `epoch` is one more metric, named `epoch`."""
         values = {key: float(value) for key, value in metrics.items()}
         if epoch is not None:

@@ -65,8 +65,10 @@ def refuse_secrets(values: Mapping[str, object]) -> None:
     """ConfigError, with its key, for a value that holds a credential: values are logged, kept with runs, sent to workers
     and, of a command line, shown to every user of the machine and of Ray's dashboard."""
     for key, value in values.items():
-        for text in value if isinstance(value, list) else [value]:
-            if not isinstance(text, str) or not (has_secret(text) or has_secret(text.partition("=")[2])):  # NAME=URI
+        for text in value if isinstance(value, list | tuple) else [value]:
+            if not isinstance(text, str) or not (
+                has_secret(text) or has_secret(text.partition("=")[2])
+            ):  # NAME=URI, KEY=VALUE
                 continue
             raise ConfigError(
                 f"{key}: found a credential in {scrub(text)}, expected none; give it in the environment "

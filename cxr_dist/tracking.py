@@ -30,7 +30,7 @@ from cxr_dist.journal import MetricJournal
 from cxr_dist.scrub import scrub
 from cxr_dist.writes import Write
 
-__all__ = ["TrackedRun", "git_tags", "open_run"]
+__all__ = ["TrackedRun", "commit_tags", "git_tags", "open_run"]
 
 CLOSE_S = 30.0
 KILLED_CLOSE_S = 2.0
@@ -137,7 +137,7 @@ class TrackedRun:
         """Add one to a number kept as a tag of the experiment, and say in a tag of the run which one it is."""
         self._tell(writes.count(counter, tag))
 
-    def log_metrics(self, metrics: Mapping[str, float], *, step: int, epoch: int | None = None) -> None:
+    def log_metrics(self, metrics: Mapping[str, float], *, step: int, epoch: float | None = None) -> None:
         """Record metrics of the driver, local first: see `MetricJournal.log`."""
         if self._journal is None:
             path = self._storage_dir / f"metrics-driver-{self.run_id}.jsonl"
@@ -302,11 +302,17 @@ class TrackedRun:
             signal.signal(signal.SIGTERM, self._old_sigterm if current == self._on_sigterm else current)
 
 
+def commit_tags(commit: str) -> dict[str, str]:
+    """The code's commit as MLflow's UI links it, and in short for people to filter by, with `-dirty` if it ends so."""
+    whole, dash, dirty = commit.partition("-")
+    return {MLFLOW_GIT_COMMIT: whole, "commit": whole[:12] + dash + dirty}
+
+
 def git_tags() -> dict[str, str]:
-    """The commit of the checkout that this file lies in, if it lies in one."""
+    """The commit of the checkout that this file lies in, if it lies in one; `commit` says whether files were changed since."""
     try:
         found = subprocess.run(  # noqa: S603 - fixed words, and the folder of this file
-            ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],  # noqa: S607 - git lies elsewhere on every machine
+            ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],  # noqa: S607 - git lies elsewhere on every machine
             capture_output=True,
             text=True,
             timeout=5,
@@ -314,7 +320,7 @@ def git_tags() -> dict[str, str]:
         )
     except (OSError, subprocess.TimeoutExpired):
         return {}
-    return {MLFLOW_GIT_COMMIT: found.stdout.strip()} if found.returncode == 0 else {}
+    return commit_tags(found.stdout.strip()) if found.returncode == 0 else {}
 
 
 def _one_line(error: BaseException) -> str:

@@ -26,11 +26,14 @@ def add_flags(parser: Any) -> None:
 
 
 def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
+    from mlflow import MlflowClient
+
     from cxr_dist.cluster import connect
     from cxr_dist.data.ingest import ingest
     from cxr_dist.data.synth import write_release
     from cxr_dist.experiment import absolute_uri
     from cxr_dist.train.run import train
+    from cxr_dist.views import link
 
     finished = finished_runs(config.train.storage_path) if args.report else []
     if finished:
@@ -56,9 +59,10 @@ def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
         f"4/4  done in {time.monotonic() - began:.0f} s: mean AUROC {result['test_auroc']['mean']:.3f} on the test list"
     )
     say(f"report               {result['artifacts']}/report.html")
-    say(
-        f"MLflow UI            {Path(sys.executable).parent}/mlflow ui --backend-store-uri {absolute_uri(config.tracking.uri)}"
-    )
+    uri = absolute_uri(config.tracking.uri)
+    experiment = MlflowClient(uri).get_run(result["run_id"]).info.experiment_id
+    say(f"MLflow UI            {Path(sys.executable).parent}/mlflow ui --backend-store-uri {uri}")
+    say(f"  then in a browser  http://127.0.0.1:5000/{link(experiment, 'by-epoch')}")
     return result | {"wall_s": round(time.monotonic() - began, 1)}
 
 

@@ -104,7 +104,28 @@ def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     if missing:
         print(f"not scored: {missing:,} images of the test list")
     print(f"figures and tables: {args.out}/report.html")
-    return {**report, "n_left_out": dropped, "n_missing": missing, "labels": labels, "out": str(args.out)}
+    number = _count(config, args.checkpoint) if args.checkpoint and args.split == "test" else None
+    return {
+        **report,
+        "n_left_out": dropped,
+        "n_missing": missing,
+        "labels": labels,
+        "out": str(args.out),
+        "test_evaluation": number,
+    }
+
+
+def _count(config: Config, checkpoint_uri: str) -> int | None:
+    """Count this look at test where the checkpoint's run is; which it is, or None, and said why, if that cannot be."""
+    from cxr_dist.evaluate.counted import count_again
+    from cxr_dist.train.checkpoint import find_checkpoint
+
+    number, why = count_again(find_checkpoint(storage.absolute(checkpoint_uri))[0], config.tracking.uri)
+    if number is None:
+        print(f"this test evaluation is not counted in MLflow: {why}")
+    else:
+        print(f"test evaluation number {number} of the run's experiment")
+    return number
 
 
 def _score(config: Config, checkpoint_uri: str, split: str) -> tuple[ScoreTable, ScoreTable | None, pa.Table]:

@@ -13,7 +13,7 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 
 from cxr_dist.data.synth import write_release
 from infra.local.stack import Stack, start
-from tests.submitting import COMMIT, TRAIN, Submitted, run
+from tests.submitting import COMMIT, SHORT, TRAIN, Submitted, run, submit, wait
 
 
 @pytest.fixture(scope="session")
@@ -85,3 +85,16 @@ def trained(jobs, train, ingested) -> Submitted:
     """A run that nothing disturbs."""
     flags = f"--evaluate.saliency 3 --tracking.log_model true --run.name straight --run.commit {COMMIT}"
     return run(jobs, f"{train} {flags}")
+
+
+@pytest.fixture(scope="session")
+def second_id(jobs, train, ingested) -> str:
+    """Job of a shorter run of the same data, without features, test or heat maps; it goes on beside whatever comes next."""
+    flags = "--evaluate.test false --train.features off --run.name features-off"
+    return submit(jobs, f"{SHORT.format(train=train)} {flags}")
+
+
+@pytest.fixture(scope="session")
+def second(jobs, second_id) -> Submitted:
+    """That run, ended."""
+    return wait(jobs, second_id)

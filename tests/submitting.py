@@ -23,6 +23,7 @@ TRAIN = (
     f" --train.epochs {EPOCHS} --train.storage_path s3://cxr/runs --evaluate.bootstrap 50 --evaluate.saliency 0"
     " --tracking.log_model false"
 )
+SHORT = "{train} --train.epochs 2 --train.views 1 --train.features_type fp32"
 
 
 @dataclass

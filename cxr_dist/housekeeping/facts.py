@@ -17,6 +17,7 @@ from cxr_dist import storage
 from cxr_dist.data import features
 from cxr_dist.errors import InputError
 from cxr_dist.housekeeping.tracked import Pointer, Tracking, one_line
+from cxr_dist.sweep.record import SWEEPS
 from cxr_dist.train import identity
 from cxr_dist.train.checkpoint import Checkpoints
 from cxr_dist.train.lease import Claim, living_owner
@@ -152,7 +153,8 @@ def gather(
     or MLflow does not answer.
     """
     now, pointers = time.time(), tracking.pointers()
-    names = [name for name in storage.list_folders(storage_path) if storage.join(storage_path, name) != features_uri]
+    others = (features_uri, storage.join(storage_path, SWEEPS))
+    names = [name for name in storage.list_folders(storage_path) if storage.join(storage_path, name) not in others]
     with ThreadPoolExecutor(16) as pool:
         runs = list(
             pool.map(lambda name: look_at_run(storage.join(storage_path, name), name, watch or living_owner), names)

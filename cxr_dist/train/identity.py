@@ -41,6 +41,7 @@ FREE = {
     "tracking.registered_model",
     "tracking.register",
     "tracking.promote",
+    "tracking.tags",
     "model.prefix_chunk",
     "model.cuda_graph",
 }

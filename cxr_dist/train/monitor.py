@@ -121,7 +121,6 @@ class Monitor:
                 "train/head_of_line_s": max(rank.head_of_line_s for rank in spent),
                 "train/read_mb": sum(rank.bytes_read for rank in spent) / MIB,
                 "train/world_size": float(self.ranks.world_size),
-                "train/images_seen": self._steps_done(step) * plan.global_batch,
             },
             step,
         )
@@ -172,7 +171,13 @@ class Monitor:
 
     def _log(self, metrics: dict[str, float], step: Step) -> None:
         if self.journal is not None:
-            self.journal.log(metrics, step=self._steps_done(step), epoch=step.epoch)
+            self.journal.log(metrics | self._place(self._steps_done(step)), step=self._steps_done(step))
+
+    def _place(self, steps: int) -> dict[str, float]:
+        """How far the run is after so many optimizer steps, in what the UI's charts can take as x axis besides these steps:
+        a point of another metric is drawn over that of the same step. Whole at the end of an epoch, where validation is."""
+        plan = self.job.plan
+        return {"epoch": steps / plan.train_steps, "images_seen": float(steps * plan.global_batch)}
 
 
 def _duration(seconds: float) -> str:

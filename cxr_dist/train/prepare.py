@@ -31,7 +31,7 @@ DEV_RUN_STEPS = 2
 
 def with_defaults(config: Config) -> Config:
     """The config with a run name, absolute local paths (ranks have other working directories) and a storage path."""
-    name = config.run.name or f"{config.data.label_set}-{uuid.uuid4().hex[:8]}"
+    name = config.run.name or default_name(config)
     uri = config.data.uri
     path = config.train.storage_path or "outputs/runs"
     return dataclasses.replace(
@@ -41,6 +41,13 @@ def with_defaults(config: Config) -> Config:
         train=dataclasses.replace(config.train, storage_path=storage.absolute(path)),
         tracking=dataclasses.replace(config.tracking, uri=absolute_uri(config.tracking.uri)),
     )
+
+
+def default_name(config: Config) -> str:
+    """A run's name that says what people compare runs by, and is no other run's."""
+    model, lr = config.model, f"{config.optimizer.lr:g}".replace("+", "")
+    values = f"{config.data.label_set}-{model.trainable}-{model.pooling}-lr{lr}-b{config.train.global_batch}"
+    return f"{values}-{uuid.uuid4().hex[:8]}"
 
 
 def bundles(config: Config) -> list[dict[str, float]]:

@@ -2,10 +2,8 @@
 
 import contextlib
 import dataclasses
-import getpass
 import json
 import logging
-import os
 import shutil
 import tempfile
 import time
@@ -15,7 +13,6 @@ from typing import Any
 
 import ray
 import yaml
-from mlflow.utils.mlflow_tags import MLFLOW_GIT_COMMIT, MLFLOW_SOURCE_NAME, MLFLOW_SOURCE_TYPE, MLFLOW_USER
 from ray.train import DataConfig
 
 from cxr_dist import cluster, preflight, storage
@@ -45,6 +42,7 @@ from cxr_dist.train.outcome import last_line, recorded_outcome
 from cxr_dist.train.prepare import DEV_RUN_STEPS, bundles, make_job, prepare_weights, with_defaults
 from cxr_dist.train.progress import planned_samples
 from cxr_dist.train.record import run_record
+from cxr_dist.train.shown import params, tags, user
 
 __all__ = ["train"]
 
@@ -79,8 +77,8 @@ def train_as_owner(job: TrainJob, manifest: Manifest, lease: Lease) -> dict[str,
     with open_run(
         config,
         run_id=identity.run_id,
-        params=flatten(config),
-        tags=tags(job, manifest),
+        params=params(config),
+        tags=tags(job, manifest, new=identity.run_id is None),
         storage_dir=str(local_folder("journals", config.run.name)),
         folder=job.folder,
         is_ours=lease.held,
@@ -127,31 +125,6 @@ def check_samples(job: TrainJob, manifest: Manifest, trained: dict[str, Any]) ->
             f"images trained on: found SHA-256 {trained['samples_sha256']}, expected {expected} by the plan; "
             "this is a fault of the stream, please report it"
         )
-
-
-def tags(job: TrainJob, manifest: Manifest) -> dict[str, str]:
-    """What people filter runs by; keys with `mlflow.` are shown by its UI."""
-    commit = job.config.run.commit
-    return {
-        **({MLFLOW_GIT_COMMIT: commit} if commit else {}),
-        MLFLOW_SOURCE_NAME: "jobs/train.py",
-        MLFLOW_SOURCE_TYPE: "JOB",
-        MLFLOW_USER: user(),
-        "label_set": manifest.label_set,
-        "split": "official test list, validation by patient",
-        "manifest_sha256": manifest.hash,
-        "plan_sha256": job.plan.sha256,
-        "world_size": " or ".join(map(str, job.world_sizes)),
-        "run_folder": storage.shown(job.folder),
-    }
-
-
-def user() -> str:
-    """Name of the user, or the number of one without a name (containers)."""
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):
-        return str(os.getuid())
 
 
 def describe(tracked: TrackedRun, job: TrainJob, manifest: Manifest) -> None:
@@ -221,7 +194,8 @@ def evaluate(
         outcome["test_auroc"] = found["auroc"]
         named = {f"test/auroc/{name}": value for name, value in found["auroc"].items() if name != "mean"}
         named |= {"test/auroc_mean": found["auroc"]["mean"], "test/n_scored": float(len(judged))}
-        tracked.log_metrics({key: value for key, value in named.items() if value is not None}, step=trained["steps"])
+        # step 0: MLflow's UI draws what was measured once as bars, run beside run, and not as curves of one point
+        tracked.log_metrics({key: value for key, value in named.items() if value is not None}, step=0)
     outcome |= {"artifacts": str(folder), "corrupt_images": len(corrupt)}
     return outcome
 
@@ -238,7 +212,7 @@ def log_model(
     try:
         checkpoint = Checkpoints(job.folder)
         best = checkpoint.best() or checkpoint.entries()[-1]
-        run = about(name, tracked.run_id, git_tags() | tags(job, manifest), flatten(config))
+        run = about(name, tracked.run_id, git_tags() | tags(job, manifest, new=False), flatten(config))
         evaluation = evaluation_in(Path(result["artifacts"]))
         wish = prepare(
             checkpoint.uri(best), folder, run, evaluation, tracking=config.tracking, evaluate=config.evaluate

@@ -104,5 +104,5 @@ def test_mlflow_away_at_the_start(drill: Drill, jobs: JobSubmissionClient, serve
     is_the_undisturbed_run(job, trained, client, name)
     assert found_report(client, name)
     [found] = find(client, name)
-    assert found.data.params["run.name"] == name
+    assert found.data.params["train.global_batch"] == "32"
     drill.outcome = "exit code 2; then exit code 0, and after the sync FINISHED, every step once, the report there"

@@ -6,6 +6,7 @@ trained for all tests of this file; what is asserted comes from the MLflow serve
 
 import json
 import re
+import socket
 from collections.abc import Iterator
 
 import mlflow.artifacts
@@ -19,7 +20,7 @@ from cxr_dist.evaluate import scores
 from tests.conftest import ROOT
 from tests.faultproxy import FaultProxy, fault_proxy
 from tests.policy import documented, held_to, needs
-from tests.submitting import COMMIT, EPOCHS, Submitted, find, run, submit, wait
+from tests.submitting import COMMIT, EPOCHS, SHORT, Submitted, find, run
 
 pytestmark = pytest.mark.slow
 
@@ -74,7 +75,12 @@ def test_a_submitted_run_ends_with_everything_in_mlflow(trained, client, manifes
     assert {"train/head_of_line_s", "train/rank_skew_fraction"} <= set(found.data.metrics)
     # validation ends the run, after the last steps; the result is rounded to hundredths
     assert 0 < found.data.metrics["train/read_mb"] <= result["read_mb"] + 0.005
-    assert any(name.startswith("system/node0") for name in found.data.metrics)
+    assert any(name.startswith(f"system/{socket.gethostname()}/") for name in found.data.metrics)
+    places = {key: client.get_metric_history(found.info.run_id, key) for key in ("epoch", "images_seen")}
+    assert [point.value for point in places["epoch"]] == [point.step / steps for point in history]
+    assert [point.value for point in places["images_seen"]] == [point.step * 32 for point in history]
+    assert found.data.tags["recipe"].startswith("random weights; denseblock4 trained")
+    assert (found.data.tags["world_size"], found.data.tags["commit"]) == ("2", COMMIT[:12])
     assert found.data.tags["mlflow.source.git.commit"] == COMMIT
     assert found.data.tags["test_evaluation"] == "number 1 of this experiment"
     for finding, value in result["test_auroc"].items():
@@ -137,15 +143,11 @@ def policed(full_stack) -> Iterator[FaultProxy]:
 
 
 @pytest.fixture(scope="module")
-def with_features(jobs, train, manifest, policed) -> dict[str, Submitted]:
-    """The same run without kept features, with them, and with what the second kept; the first two at once."""
-    flags = f"{train} --train.epochs 2 --train.views 1 --train.features_type fp32"
+def with_features(jobs, train, manifest, policed, second_id, request) -> dict[str, Submitted]:
+    """The same run without kept features, and with them; at once, if the first has not been made yet."""
     env = {"AWS_ENDPOINT_URL": policed.url}
-    ids = {
-        "off": submit(jobs, f"{flags} --evaluate.test false --train.features off --run.name features-off"),
-        "on": submit(jobs, f"{flags} --train.features on --run.name features-on", env),
-    }
-    return {name: wait(jobs, job_id) for name, job_id in ids.items()}
+    kept = run(jobs, f"{SHORT.format(train=train)} --train.features on --run.name features-on", env)
+    return {"off": request.getfixturevalue("second"), "on": kept}
 
 
 def test_a_run_needs_no_more_of_the_store_than_the_documented_policy(with_features, policed):

@@ -875,3 +875,9 @@ def test_the_refusal_names_what_removes_the_run(world: World) -> None:
         pytest.raises(ConfigError, match="this run is being written by housekeeping@"),
     ):
         Lease.take(str(folder), owner="driver", pause=watchful)
+
+
+def test_the_records_of_sweeps_are_no_run(world: World) -> None:
+    world.run("lr-01", days=1)
+    put(world.runs / "sweeps" / "lr" / "sweep.json", {"format": "cxr-dist/sweep/1"})
+    assert [run.name for run in world.facts().runs] == ["lr-01"]
