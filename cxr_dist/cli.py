@@ -22,7 +22,7 @@ from cxr_dist.config import Config, flatten
 from cxr_dist.errors import ConfigError, InputError, RunError
 from cxr_dist.scrub import refuse_secrets, scrub
 
-__all__ = ["Job", "parse", "run_job"]
+__all__ = ["Job", "model_flag", "parse", "run_job"]
 
 Job = Callable[[Config, argparse.Namespace], dict[str, Any]]
 
@@ -114,6 +114,11 @@ def parse(
     flags = {name: value for name, value in vars(parsed).items() if name not in Config.__dataclass_fields__}
     refuse_secrets(flatten(config) | {f"--{name.replace('_', '-')}": value for name, value in flags.items()})
     return config, argparse.Namespace(**vars(parsed))
+
+
+def model_flag(argv: list[str]) -> list[str]:
+    """The command line with --model as --model-uri: the config has a section `model`, so --model would be a file of it."""
+    return [re.sub(r"^--model(?==|$)", "--model-uri", word) for word in argv]
 
 
 def _config_files(argv: list[str]) -> list[str]:

@@ -321,6 +321,14 @@ class TrackingConfig:
     """MLflow tracking URI: sqlite:///…, http(s)://… or a database (postgresql+psycopg2://USER@HOST/NAME; PGPASSWORD)."""
     experiment: str = "cxr-dist"
     """MLflow experiment."""
+    log_model: bool = True
+    """Log the run's best checkpoint as an MLflow model that loads without this project (some 60 MB)."""
+    registered_model: str = "cxr-densenet121"
+    """Name of the model in MLflow's registry that versions are registered under."""
+    register: bool = False
+    """Register the logged model as a version."""
+    promote: bool = False
+    """Register it, and make it the champion if a patient-paired test on validation scores finds it better than the one there is."""
     required: bool = True
     """Whether a run may only begin if MLflow answers; false: it begins in any case, and what MLflow missed is told to it later."""
     tags: tuple[str, ...] = ()
@@ -341,6 +349,18 @@ class TrackingConfig:
                 tag,
                 "KEY=VALUE, a key of letters, digits and _-. /",
             )
+        _require(
+            re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", self.registered_model) is not None,
+            "tracking.registered_model",
+            self.registered_model,
+            "up to 100 letters, digits, dots, dashes and underscores",
+        )
+        _require(
+            self.log_model or not (self.register or self.promote),
+            "tracking.log_model",
+            self.log_model,
+            "true with tracking.register or tracking.promote: a version is a logged model",
+        )
         _require_plain("tracking", self)
 
 

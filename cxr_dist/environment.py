@@ -11,6 +11,7 @@ SETTINGS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "DO_NOT_TRACK": "true",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
@@ -19,8 +20,9 @@ SETTINGS = {
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
     "RAY_AIR_NEW_OUTPUT": "0",
 }
-"""MLflow's own defaults are 7 retries of up to 2 minutes and usage reports to its makers; Ray prints lines twice, draws
-progress bars into logs, Tune draws tables, writes files of its own and swallows Ctrl-C, and after the loss of a node waits 60 s for room on it before it looks again what there is."""
+"""MLflow's own defaults are 7 retries of up to 2 minutes, usage reports to its makers and progress bars in logs; Ray prints
+lines twice, draws progress bars too, and after the loss of a node waits 60 s for room on it before it looks again what there
+is; Tune draws tables, writes files of its own and swallows Ctrl-C."""
 
 
 def apply() -> None:

@@ -15,6 +15,7 @@ TRANSIENT = (
     *UNREACHABLE,
     *("SLOW_DOWN", "SlowDown", "THROTTLING", "REQUEST_TIMEOUT", "INTERNAL_FAILURE", "SERVICE_UNAVAILABLE"),
     *("HTTP response code 408", "HTTP response code 429", "HTTP response code 5", "HTTP status 5", "Incomplete write"),
+    "NO_SUCH_UPLOAD",  # the store took the parts, its answer was lost, and the client asked again: upload anew
 )
 NO_TRAILERS = "MissingContentLength"
 

@@ -30,7 +30,7 @@ from cxr_dist.journal import MetricJournal
 from cxr_dist.scrub import scrub
 from cxr_dist.writes import Write
 
-__all__ = ["TrackedRun", "commit_tags", "open_run"]
+__all__ = ["TrackedRun", "commit_tags", "git_tags", "open_run"]
 
 CLOSE_S = 30.0
 KILLED_CLOSE_S = 2.0
@@ -108,7 +108,7 @@ class TrackedRun:
         self._catch_sigterm()
         try:
             self._open()
-            self.set_tags(_git_tags() | dict(self._tags))
+            self.set_tags(git_tags() | dict(self._tags))
             self.log_params(self._params)
         except BaseException as error:
             self.__exit__(type(error), error, error.__traceback__)
@@ -164,6 +164,11 @@ class TrackedRun:
         if not Path(folder).is_dir():
             raise FileNotFoundError(f"{folder}: expected a folder to keep with the run")
         self._tell(writes.artifacts(Path(folder), artifact_path))
+
+    def log_model(self, folder: str | Path, wish: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Log an MLflow model's folder, as a version if that is wished (`registry.publish.Wish`); what became of it. None
+        if the server did not take it: it is told again at the end, or by `jobs/sync.py`."""
+        return self._tell(writes.model(Path(folder), wish))
 
     def log_dataset(
         self, name: str, digest: str, source_uri: str, profile: Mapping[str, object], *, context: str = "training"
@@ -244,14 +249,15 @@ class TrackedRun:
         if "failure" in run.data.tags:
             self._client.delete_tag(run_id, "failure")
 
-    def _tell(self, write: Write) -> None:
-        """Tell the server now, or later if it does not take it."""
+    def _tell(self, write: Write) -> dict[str, Any] | None:
+        """Tell the server now, or later if it does not take it; what came of it, None in the latter case."""
         try:
             self._require_server()
-            write.do(self._client, self.run_id)
+            return write.do(self._client, self.run_id)
         except Exception as error:  # noqa: BLE001 - servers and artifact stores fail in every way; a trained model is worth more
             self._miss(write.what, error)
             self._again.append(write)
+            return None
 
     def _require_server(self) -> None:
         """RuntimeError if the server has the run not open, or has missed something and still does not answer.
@@ -302,7 +308,7 @@ def commit_tags(commit: str) -> dict[str, str]:
     return {MLFLOW_GIT_COMMIT: whole, "commit": whole[:12] + dash + dirty}
 
 
-def _git_tags() -> dict[str, str]:
+def git_tags() -> dict[str, str]:
     """The commit of the checkout that this file lies in, if it lies in one; `commit` says whether files were changed since."""
     try:
         found = subprocess.run(  # noqa: S603 - fixed words, and the folder of this file

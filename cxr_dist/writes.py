@@ -16,7 +16,7 @@ from cxr_dist import storage
 from cxr_dist.errors import DataError
 from cxr_dist.scrub import scrub, scrub_items
 
-__all__ = ["Write", "artifacts", "count", "dataset", "keep", "kept", "params", "tags"]
+__all__ = ["Write", "artifacts", "count", "dataset", "keep", "kept", "model", "params", "tags"]
 
 PARAMS_PER_REQUEST = 100
 LONGEST_PARAM = 6000
@@ -28,16 +28,16 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Write:
-    """One thing to be told: plain content, and for artifacts the file or folder on this machine."""
+    """One thing to be told: plain content, and for artifacts and models the file or folder on this machine."""
 
-    kind: Literal["params", "tags", "dataset", "count", "artifacts"]
+    kind: Literal["params", "tags", "dataset", "count", "artifacts", "model"]
     what: str
     """For people."""
     content: dict[str, Any]
     path: str = ""
 
-    def do(self, client: MlflowClient, run_id: str) -> None:
-        """Tell it; raises whatever the server or its artifact store raises."""
+    def do(self, client: MlflowClient, run_id: str) -> dict[str, Any] | None:
+        """Tell it; raises whatever the server or its artifact store raises. Of a model, what became of it."""
         match self.kind:
             case "params":
                 _log_params(client, run_id, self.content)
@@ -53,6 +53,14 @@ class Write:
             case "artifacts":
                 send = client.log_artifact if Path(self.path).is_file() else client.log_artifacts
                 send(run_id, self.path, self.content["artifact_path"])
+            case "model":
+                from cxr_dist.registry.publish import (  # imports the network, which nothing else here needs
+                    Wish,
+                    publish,
+                )
+
+                return publish(client, run_id, Path(self.path), Wish(**self.content))
+        return None
 
 
 def params(values: Mapping[str, object]) -> Write:
@@ -87,6 +95,11 @@ def artifacts(path: Path, artifact_path: str | None) -> Write:
     """A file, or all files of a folder."""
     kind = "artifacts" if path.is_dir() else "artifact"
     return Write("artifacts", f"{kind} {path}", {"artifact_path": artifact_path}, str(path))
+
+
+def model(folder: Path, wish: Mapping[str, Any]) -> Write:
+    """The folder of an MLflow model, to be logged and, by the fields of a `registry.publish.Wish`, registered and promoted."""
+    return Write("model", f"model {wish['name']}", dict(wish), str(folder))
 
 
 def keep(writes: list[Write], where: str) -> None:
@@ -127,7 +140,7 @@ def _check_files(where: str, entry: Mapping[str, Any], files: list[str]) -> None
             raise DataError(
                 f"{storage.shown(where)}: found the file name {file!r}, expected one in a folder; delete it"
             )
-    if bool(entry["path"]) is not (entry["kind"] == "artifacts"):
+    if bool(entry["path"]) is not (entry["kind"] in ("artifacts", "model")):
         raise DataError(
             f"{storage.shown(where)}: found {entry['kind']} of {entry['path']!r}, no write of ours; delete it"
         )

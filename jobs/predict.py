@@ -5,11 +5,10 @@ python jobs/predict.py --model models:/cxr/3 --images /data/nih8-224 --split tes
 """
 
 import argparse
-import re
 import sys
 from typing import Any, Literal
 
-from cxr_dist.cli import run_job
+from cxr_dist.cli import model_flag, run_job
 from cxr_dist.config import Config
 from cxr_dist.errors import ConfigError
 
@@ -82,10 +81,5 @@ def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def words(arguments: list[str]) -> list[str]:
-    """The command line with --model as --model-uri: the config has a section `model`, so --model would be a file of it."""
-    return [re.sub(r"^--model(?==|$)", "--model-uri", word) for word in arguments]
-
-
 if __name__ == "__main__":
-    run_job(main, description=__doc__ or "", extra=add_flags, argv=words(sys.argv[1:]))
+    run_job(main, description=__doc__ or "", extra=add_flags, argv=model_flag(sys.argv[1:]))

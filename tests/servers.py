@@ -83,7 +83,8 @@ def ingested(jobs, release) -> dict:
 @pytest.fixture(scope="session")
 def trained(jobs, train, ingested) -> Submitted:
     """A run that nothing disturbs."""
-    return run(jobs, f"{train} --evaluate.saliency 3 --run.name straight --run.commit {COMMIT}")
+    flags = f"--evaluate.saliency 3 --tracking.log_model true --run.name straight --run.commit {COMMIT}"
+    return run(jobs, f"{train} {flags}")
 
 
 @pytest.fixture(scope="session")

@@ -21,6 +21,7 @@ TRAIN = (
     " --train.use_gpu no --train.num_workers 2 --train.cpus_per_worker 0.5 --train.global_batch 32 --train.log_every_steps 1"
     " --train.features off"  # what auto finds faster may change from run to run on a machine that does other things too
     f" --train.epochs {EPOCHS} --train.storage_path s3://cxr/runs --evaluate.bootstrap 50 --evaluate.saliency 0"
+    " --tracking.log_model false"
 )
 SHORT = "{train} --train.epochs 2 --train.views 1 --train.features_type fp32"
 

@@ -36,6 +36,7 @@ __all__ = [
     "PIXELS_VERSION",
     "ImageError",
     "check",
+    "check_shape",
     "decode",
     "resize",
     "to_grey",
@@ -78,6 +79,16 @@ def to_grey_many(encoded: Sequence[bytes], size: int) -> np.ndarray:
 def check(encoded: bytes) -> None:
     """Decode wholly and keep nothing. Raises ImageError."""
     decode(encoded)
+
+
+def check_shape(width: int, height: int) -> None:
+    """Whether an image of this shape is decoded at all: raises ImageError if not."""
+    if width == 0 or height == 0:
+        raise ImageError(f"no pixels ({width} x {height})")
+    if width * height > MAX_PIXELS:
+        raise ImageError(f"{width} x {height} pixels, more than the {MAX_PIXELS} that are decoded")
+    if max(width, height) > MAX_SIDE:
+        raise ImageError(f"{width} x {height} pixels, a side longer than the {MAX_SIDE} that are decoded")
 
 
 def decode(encoded: bytes) -> np.ndarray:
@@ -132,7 +143,7 @@ def resize(grey: np.ndarray, size: int) -> np.ndarray:
 
 def _decode_png(encoded: bytes) -> np.ndarray:
     head = png.header(encoded)
-    _check_shape(head.width, head.height)
+    check_shape(head.width, head.height)
     if (head.depth, head.interlace) == (8, 0) and head.colour in _FAST:
         try:
             pixels = kornia_rs.io.decode_image_png_u8(encoded, (head.height, head.width), _FAST[head.colour])
@@ -151,7 +162,7 @@ def _decode_pillow(encoded: bytes, num_colours: int = 256) -> np.ndarray:
     """`num_colours`: of the palette; Pillow makes up the colours that are missing."""
     try:
         with Image.open(io.BytesIO(encoded), formats=("PNG", "JPEG")) as image:
-            _check_shape(*image.size)
+            check_shape(*image.size)
             image.load()
             if image.mode == "P" and (colour := int(np.asarray(image).max())) >= num_colours:
                 raise ImageError(f"a pixel of colour {colour} in a palette of {num_colours}")
@@ -189,15 +200,6 @@ def _grey(image: Image.Image) -> np.ndarray:
     if alpha is None or alpha.min() == 255:
         return grey
     return ((grey * alpha.astype(np.uint16) + 127) // 255).astype(np.uint8)
-
-
-def _check_shape(width: int, height: int) -> None:
-    if width == 0 or height == 0:
-        raise ImageError(f"no pixels ({width} x {height})")
-    if width * height > MAX_PIXELS:
-        raise ImageError(f"{width} x {height} pixels, more than the {MAX_PIXELS} that are decoded")
-    if max(width, height) > MAX_SIDE:
-        raise ImageError(f"{width} x {height} pixels, a side longer than the {MAX_SIDE} that are decoded")
 
 
 @functools.lru_cache(maxsize=64)

@@ -18,8 +18,8 @@ from cxr_dist.evaluate.scores import (
     check_probabilities,
     check_unique,
     metadata_of,
+    parquet_table,
     read_bytes,
-    read_parquet,
     unreadable,
 )
 
@@ -86,7 +86,7 @@ def frame_and_ids(data: bytes, name: str) -> tuple[pd.DataFrame, NDArray[np.str_
 
 def _read_frame(data: bytes, name: str) -> pd.DataFrame:
     if data[:4] == b"PAR1":
-        return read_parquet(data, name).to_pandas()
+        return parquet_table(data, name).to_pandas()
     text = texts.unpack(data, name)
     ids: dict[Any, Any] = dict.fromkeys(ID_COLUMNS, str)
     try:

@@ -17,7 +17,7 @@ from ray.util.annotations import RayDeprecationWarning
 
 from cxr_dist import storage
 from cxr_dist.cluster import free_cpus
-from cxr_dist.config import Config, ModelConfig
+from cxr_dist.config import Config
 from cxr_dist.data.manifest import Manifest
 from cxr_dist.data.nih import FINDINGS
 from cxr_dist.data.plan import EMPTY, Split
@@ -242,12 +242,4 @@ def load_network(checkpoint_uri: str, device: torch.device, *, precision: str = 
     checkpoint = load_checkpoint(checkpoint_uri)
     where = storage.join(checkpoint["folder"], "initial.pt")
     initial = weights.restore(storage.read_bytes(where), storage.shown(where))
-    network = Network.build(
-        initial,
-        ModelConfig(**checkpoint["model"]),
-        num_findings=len(checkpoint["findings"]),
-        precision=precision or checkpoint["precision"],
-        device=device,
-    )
-    network.tail.load_state_dict(checkpoint["tail"])
-    return network
+    return Network.restore(initial, checkpoint | {"precision": precision or checkpoint["precision"]}, device)

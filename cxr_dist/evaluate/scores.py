@@ -151,7 +151,7 @@ def read(path: str | Path) -> ScoreTable:
             f"{path}: found {found}, expected {FORMAT}; the scores of another program need the label CSV to be joined "
             "with (data.labels)"
         )
-    table = read_parquet(data, str(path))
+    table = parquet_table(data, str(path))
     findings = tuple(name.removeprefix(PREFIX) for name in table.column_names if name.startswith(PREFIX))
     has_logits = bool(findings) and f"logit_{findings[0]}" in table.column_names
     columns_are_right = table.schema.remove_metadata() == _schema(findings, has_logits)
@@ -208,7 +208,7 @@ def metadata_of(data: bytes) -> dict[str, str]:
     return metadata if metadata.get("format", "").startswith("cxr-dist/") else {}
 
 
-def read_parquet(data: bytes, name: str) -> pa.Table:
+def parquet_table(data: bytes, name: str) -> pa.Table:
     """The table, without what pandas noted of it; pages that have a checksum are held to it."""
     try:
         rows = pq.read_metadata(io.BytesIO(data)).num_rows

@@ -1,7 +1,8 @@
 """Prefix, tail and everything between a batch of grey pixels and a loss or logits, on one device."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,9 +15,9 @@ from cxr_dist.model.augment import Normalization, affine_coefficients, to_grey, 
 from cxr_dist.model.densenet import Prefix, Tail, build, run_prefix
 from cxr_dist.model.fold import fold
 from cxr_dist.model.graph import graphed
+from cxr_dist.model.initial import Initial
 from cxr_dist.model.memory import keep_freed_memory
 from cxr_dist.model.transfer import Transfer
-from cxr_dist.model.weights import Initial
 
 __all__ = ["Network", "fix_arithmetic", "masked_loss", "precision_of"]
 
@@ -103,6 +104,19 @@ class Network:
             transfer=Transfer(device),
             run=run,
         )
+
+    @classmethod
+    def restore(cls, initial: Initial, checkpoint: Mapping[str, Any], device: torch.device) -> "Network":
+        """The network of a run's checkpoint, ready to score."""
+        network = cls.build(
+            initial,
+            ModelConfig(**checkpoint["model"]),
+            num_findings=len(checkpoint["findings"]),
+            precision=checkpoint["precision"],
+            device=device,
+        )
+        network.tail.load_state_dict(checkpoint["tail"])
+        return network
 
     def mixed(self) -> torch.autocast:
         """The autocast context of the run's precision; without effect in fp32 and fp64."""

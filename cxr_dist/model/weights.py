@@ -5,35 +5,20 @@ that every rank, every restart and every later evaluation reads the same bytes.
 """
 
 import hashlib
-import io
 import re
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from cxr_dist import storage
 from cxr_dist.errors import InputError
-from cxr_dist.model.augment import IMAGENET, XRV, Normalization
+from cxr_dist.model.augment import IMAGENET, XRV
 from cxr_dist.model.densenet import DenseNet121
+from cxr_dist.model.initial import Initial, first_line, read_tensors, restore, save
 
-__all__ = ["Initial", "calibrate", "initial", "load", "restore", "save", "sha256"]
+__all__ = ["Initial", "calibrate", "initial", "load", "read_tensors", "restore", "save", "sha256"]
 
 StateDict = dict[str, Tensor]
-
-FORMAT = 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class Initial:
-    """A whole model's starting state, and the normalisation that its weights expect."""
-
-    state: StateDict
-    normalization: Normalization
-    origin: str
-    """Where the weights came from."""
-    random: bool = False
-    """Whether batch-norm statistics still have to be calibrated on images."""
 
 
 def initial(weights: str, *, num_findings: int, seed: int) -> Initial:
@@ -50,7 +35,7 @@ def initial(weights: str, *, num_findings: int, seed: int) -> Initial:
             )
         except Exception as error:  # noqa: BLE001 - no network, another hash, or no saved tensors in torch's cache
             raise InputError(
-                f"model.weights: found no way to download torchvision's DenseNet121 weights ({_first_line(error)}); put the file "
+                f"model.weights: found no way to download torchvision's DenseNet121 weights ({first_line(error)}); put the file "
                 "where this machine can read it and give its URI"
             ) from None
         return Initial(state=_adapt(state, weights, num_findings, seed), normalization=IMAGENET, origin=weights)
@@ -110,33 +95,6 @@ def calibrate(state: StateDict, images_BCSS: Tensor) -> StateDict:
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
-def save(initial_state: Initial) -> bytes:
-    """The starting state as a file's bytes; `restore` reads it."""
-    buffer = io.BytesIO()
-    torch.save(
-        {
-            "format": FORMAT,
-            "origin": initial_state.origin,
-            "scale": initial_state.normalization.scale,
-            "shift": initial_state.normalization.shift,
-            "state": initial_state.state,
-        },
-        buffer,
-    )
-    return buffer.getvalue()
-
-
-def restore(data: bytes, name: str) -> Initial:
-    """The starting state from bytes that `save` made."""
-    found = read_tensors(data, name)
-    if found.get("format") != FORMAT:
-        raise InputError(
-            f"{name}: found format {found.get('format')!r}, expected {FORMAT}; use the version that wrote it"
-        )
-    normalization = Normalization(tuple(found["scale"]), tuple(found["shift"]))
-    return Initial(state=found["state"], normalization=normalization, origin=found["origin"])
-
-
 def load(uri: str) -> StateDict:
     """A state dict from a URI; a dict that holds one under `state_dict` or `state` is opened, a run's checkpoint is
     put together with the frozen prefix that its run keeps."""
@@ -165,24 +123,6 @@ def load(uri: str) -> StateDict:
     if not state:
         raise InputError(f"model.weights {uri}: found no tensors, expected a state dict saved with torch.save")
     return state
-
-
-def read_tensors(data: bytes, name: str) -> dict:
-    """What torch.save wrote, tensors and plain values only: nothing in the file is executed."""
-    try:
-        found = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for bytes that are not its own
-        raise InputError(
-            f"{name}: cannot be read as saved tensors ({_first_line(error)}); expected a state dict written "
-            "by torch.save, without pickled modules"
-        ) from error
-    if not isinstance(found, dict):
-        raise InputError(f"{name}: found a {type(found).__name__}, expected a state dict")
-    return found
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def sha256(state: StateDict) -> str:

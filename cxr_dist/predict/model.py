@@ -1,6 +1,6 @@
 """Which model predicts: a checkpoint by its URI, or what a version in MLflow's model registry, or a run, holds of one.
 
-A version holds a checkpoint if its artifacts, at their top or in a folder `checkpoint`, are a run's folder in small:
+A version holds a checkpoint if its artifacts, at their top or in a folder of FOLDERS, are a run's folder in small:
 `initial.pt` and `checkpoints/OWNER/{index.json, STEP.pt, STEP.parquet}`, as `pack` writes them. Otherwise it is the best
 checkpoint of the run that it was registered from, which the run's tag `run_folder` leads to. Nothing is unpickled:
 tensors load with `weights_only`, and no other file of the version is fetched.
@@ -28,8 +28,8 @@ from cxr_dist.train.checkpoint import FORMAT, Checkpoints, find_checkpoint, load
 
 __all__ = ["Model", "Thresholds", "find_model", "pack", "thresholds_of"]
 
-FOLDERS = ("", "checkpoint")
-"""Where among a version's artifacts a run's folder in small may lie."""
+FOLDERS = ("", "checkpoint", "data/checkpoint")
+"""Where among a version's artifacts a run's folder in small may lie; the last is that of models that the job logs."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -140,7 +140,7 @@ class Checkpoints:
 
     def load(self, entry: Entry) -> dict[str, Any]:
         """The state of a checkpoint; RunError if its bytes are not those that were saved."""
-        from cxr_dist.model.weights import read_tensors
+        from cxr_dist.model.initial import read_tensors
 
         return read_tensors(self.read(entry), self.uri(entry))
 

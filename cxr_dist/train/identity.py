@@ -38,6 +38,10 @@ FREE = {
     "tracking.uri",
     "tracking.required",
     "tracking.tags",
+    "tracking.log_model",
+    "tracking.registered_model",
+    "tracking.register",
+    "tracking.promote",
     "model.prefix_chunk",
     "model.cuda_graph",
 }

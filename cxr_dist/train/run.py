@@ -3,8 +3,11 @@
 import contextlib
 import dataclasses
 import json
+import logging
+import shutil
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,7 @@ from ray.train import DataConfig
 
 from cxr_dist import cluster, preflight, storage
 from cxr_dist.capacity import wants_gpu
-from cxr_dist.config import Config
+from cxr_dist.config import Config, flatten
 from cxr_dist.data.features import set_aside
 from cxr_dist.data.manifest import Manifest
 from cxr_dist.data.resident import DamagedFeatures
@@ -24,7 +27,9 @@ from cxr_dist.evaluate.inference import score_split
 from cxr_dist.evaluate.saliency import add_saliency
 from cxr_dist.evaluate.second_labels import read_second_labels
 from cxr_dist.evaluate.thumbnails import with_thumbnails
-from cxr_dist.tracking import TrackedRun, open_run
+from cxr_dist.registry.prepare import about, evaluation_in, prepare
+from cxr_dist.registry.publish import told
+from cxr_dist.tracking import TrackedRun, git_tags, open_run
 from cxr_dist.train.cache import Cache, prepare_features
 from cxr_dist.train.checkpoint import Checkpoints
 from cxr_dist.train.feed import data_config
@@ -40,6 +45,8 @@ from cxr_dist.train.record import run_record
 from cxr_dist.train.shown import params, tags, user
 
 __all__ = ["train"]
+
+log = logging.getLogger(__name__)
 
 
 def train(config: Config) -> dict[str, Any]:
@@ -92,6 +99,7 @@ def train_as_owner(job: TrainJob, manifest: Manifest, lease: Lease) -> dict[str,
             result = {"run_id": tracked.run_id, "status": "FINISHED", "run_name": config.run.name, **trained}
             result["features"] = cache.summary()
             result |= evaluate(tracked, job, manifest, trained, corrupt)
+            result["model"] = log_model(tracked, job, manifest, result)
         except InputError as error:
             # the input was accepted: what fails now (a store that went away) is the run's failure
             raise RunError(last_line(error)) from error
@@ -190,6 +198,33 @@ def evaluate(
         tracked.log_metrics({key: value for key, value in named.items() if value is not None}, step=0)
     outcome |= {"artifacts": str(folder), "corrupt_images": len(corrupt)}
     return outcome
+
+
+def log_model(
+    tracked: TrackedRun, job: TrainJob, manifest: Manifest, result: Mapping[str, Any]
+) -> dict[str, Any] | None:
+    """Log the model of the evaluated checkpoint, registered and promoted as the config says; what became of it, None if
+    nothing yet. Never fails the run, which is trained and evaluated."""
+    config, name = job.config, job.config.run.name
+    if not config.tracking.log_model or config.train.fast_dev_run:
+        return None
+    folder = local_folder("models", name) / "model"
+    try:
+        checkpoint = Checkpoints(job.folder)
+        best = checkpoint.best() or checkpoint.entries()[-1]
+        run = about(name, tracked.run_id, git_tags() | tags(job, manifest, new=False), flatten(config))
+        evaluation = evaluation_in(Path(result["artifacts"]))
+        wish = prepare(
+            checkpoint.uri(best), folder, run, evaluation, tracking=config.tracking, evaluate=config.evaluate
+        )
+        done = tracked.log_model(folder, dataclasses.asdict(wish))
+    except Exception as error:  # noqa: BLE001 - disks, stores and MLflow fail in every way
+        log.warning("the model is not logged (%s); jobs/promote.py --run.name %s does it", last_line(error), name)
+        return None
+    if done is not None:
+        shutil.rmtree(folder, ignore_errors=True)
+        print(told(done))
+    return done
 
 
 def local_folder(kind: str, run_name: str) -> Path:

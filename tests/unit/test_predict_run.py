@@ -6,6 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from cxr_dist.cli import model_flag
 from cxr_dist.config import Config
 from cxr_dist.data.rows import OK
 from cxr_dist.errors import ConfigError, DataError, RunError
@@ -74,7 +75,7 @@ def test_rows_that_are_not_one_part_are_not_stored(tmp_path, rows: list[int]) ->
 
 def test_model_is_the_jobs_own_flag_and_its_keys_are_the_configs() -> None:
     given = ["--model", "models:/cxr/3", "--model=runs/a", "--model.lse_r", "5", "--out", "--model-uri"]
-    assert job.words(given) == [
+    assert model_flag(given) == [
         *("--model-uri", "models:/cxr/3", "--model-uri=runs/a", "--model.lse_r", "5", "--out", "--model-uri"),
     ]
 

@@ -44,7 +44,7 @@ def test_the_report_of_a_run_has_subgroups_and_second_labels(tmp_path: Path, mon
     monkeypatch.setattr(run, "Checkpoints", Checkpoints)
     monkeypatch.chdir(tmp_path)
     settings = EvaluateConfig(
-        test=False, bootstrap=5, second_labels=str(tmp_path / "second.csv"), calibration="isotonic"
+        test=False, saliency=0, bootstrap=5, second_labels=str(tmp_path / "second.csv"), calibration="isotonic"
     )
     job = SimpleNamespace(config=Config(evaluate=settings, run=RunConfig(name="trial")), folder=str(tmp_path / "run"))
     manifest = SimpleNamespace(rows=lambda split: labels if split == "validation" else None)

@@ -206,6 +206,10 @@ def test_own_table_keeps_its_split_when_joined_anew(tmp_path: Path, labels: pa.T
         ),
         ("image_id,Mass\n00000001_000.png,high\n", r"row 1 \(00000001_000.png\), column Mass: found 'high', expected"),
         ("image_id,Mass\n00000001_000.png,-2.5\n", "found -2.5, expected 0 to 1; it looks like logits"),
+        (
+            "image_id,logit_Mass\n00000001_000.png,0.5\n",
+            "column logit_Mass holds logits by its name, expected probabil",
+        ),
         ("image_id,Mass\n00000001_000.png,0.5\n00000001_000.png,0.5\n", "image id 00000001_000.png is there 2 times"),
         ("image_id,Mass\nx.png,0.5\n00000001_000.png,0.5\n", "1 of 2 image ids have no label, first .x.png."),
     ],

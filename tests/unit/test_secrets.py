@@ -56,7 +56,7 @@ def job(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFi
     def run(name: str, *argv: str) -> Shown:
         script = runpy.run_path(str(ROOT / "jobs" / f"{name}.py"))
         extra = script.get("add_flags") or script.get("flags")
-        words = script.get("words", list)(list(argv))
+        words = script.get("model_flag", list)(list(argv))
         with pytest.raises(SystemExit) as ended:
             run_job(script["main"], description=script["__doc__"], extra=extra, argv=words)
         shown = capfd.readouterr()

@@ -13,8 +13,8 @@ import torchvision
 from torch import Tensor, nn
 
 from cxr_dist.errors import InputError
-from cxr_dist.model import weights
 from cxr_dist.model.augment import IMAGENET, XRV
+from cxr_dist.model.initial import FORMAT
 from cxr_dist.model.weights import Initial, calibrate, initial, load, restore, save, sha256
 
 FINDINGS = 3
@@ -203,7 +203,7 @@ def test_save_and_restore_round_trip(state: StateDict) -> None:
 
 def test_unknown_format_is_refused() -> None:
     buffer = io.BytesIO()
-    torch.save({"format": weights.FORMAT + 1, "state": {}}, buffer)
+    torch.save({"format": FORMAT + 1, "state": {}}, buffer)
     with pytest.raises(InputError, match=r"initial\.pt: found format 2, expected 1; use the version that wrote it"):
         restore(buffer.getvalue(), "initial.pt")
 
