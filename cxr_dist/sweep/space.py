@@ -104,7 +104,13 @@ def trial_config(config: Config, trial: Trial, *, parent: str, decode_workers: i
         # what compares trials is one number; intervals and heat maps are for the run that is trained in full
         evaluate=dataclasses.replace(config.evaluate, test=False, bootstrap=0, saliency=0),
         run=dataclasses.replace(config.run, name=trial.name, resume="auto"),
-        tracking=dataclasses.replace(config.tracking, tags=(*config.tracking.tags, *mine)),
+        tracking=dataclasses.replace(
+            config.tracking,
+            tags=(*config.tracking.tags, *mine),
+            log_model=False,
+            register=False,
+            promote=False,
+        ),
     )
 
 

@@ -115,6 +115,7 @@ def test_trials_never_look_at_test_and_the_command_for_the_best_does(tmp_path: P
     assert (run.optimizer.lr, run.model.trainable, run.model.pooling) == (trial.lr, "head", "lse")
     assert run.tracking.tags == ("asked by=radiology", "mlflow.parentRunId=abc", "sweep=lr", "trial=2")
     assert run.data.decode_workers == 2
+    assert [run.tracking.log_model, run.tracking.register, run.tracking.promote] == [False, False, False]
     blind = dataclasses.replace(base, evaluate=EvaluateConfig(test=False))
     words = shlex.split(full_command(blind, trial))
     assert words[:2] == ["python", "jobs/train.py"]
