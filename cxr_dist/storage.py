@@ -263,7 +263,14 @@ def _children(uri: str, recursive: bool) -> tuple[str, list[pafs.FileInfo]]:
     """The path of a folder or prefix, and what is in it."""
     fs, path = resolve(uri)
     selector = pafs.FileSelector(path, allow_not_found=True, recursive=recursive)
-    return path, retry(lambda: fs.get_file_info(selector), uri)
+
+    def listed() -> list[pafs.FileInfo]:
+        for _ in range(ATTEMPTS - 1):
+            with contextlib.suppress(FileNotFoundError):  # a folder that somebody removes while it is listed
+                return fs.get_file_info(selector)
+        return fs.get_file_info(selector)
+
+    return path, retry(listed, uri)
 
 
 def _info(uri: str) -> pafs.FileInfo:

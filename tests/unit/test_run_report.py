@@ -42,15 +42,17 @@ def test_the_report_of_a_run_has_subgroups_and_second_labels(tmp_path: Path, mon
             return encoded(validation)
 
     monkeypatch.setattr(run, "Checkpoints", Checkpoints)
+    monkeypatch.setattr(run, "run_record", lambda *_, **__: None)
+    monkeypatch.setattr(run, "with_thumbnails", lambda *_: [])
     monkeypatch.chdir(tmp_path)
     settings = EvaluateConfig(
         test=False, saliency=0, bootstrap=5, second_labels=str(tmp_path / "second.csv"), calibration="isotonic"
     )
     job = SimpleNamespace(config=Config(evaluate=settings, run=RunConfig(name="trial")), folder=str(tmp_path / "run"))
-    manifest = SimpleNamespace(rows=lambda split: labels if split == "validation" else None)
+    manifest = SimpleNamespace(uri="", rows=lambda split: labels if split == "validation" else None)
     logged: list[Path] = []
     tracked = SimpleNamespace(log_artifacts=logged.append)
-    run.evaluate(tracked, job, manifest, {}, last_step=1)  # type: ignore[arg-type]
+    run.evaluate(tracked, job, manifest, {"steps": 1}, {})  # type: ignore[arg-type]
     evaluation = json.loads((logged[0] / "evaluation.json").read_text())
     assert {name: one["n_images"] for name, one in evaluation["subgroups"]["sex"].items()} == {"M": 30, "F": 30}
     assert evaluation["second_labels"]["findings"]["Mass"]["n_images"] == 2

@@ -1,6 +1,7 @@
 """Storage: what is read is what was put, writes are whole or absent, and only transient faults are tried again."""
 
 import os
+from pathlib import Path
 
 import pytest
 from pyarrow import fs
@@ -214,3 +215,21 @@ def test_one_filesystem_a_bucket(monkeypatch):
     assert path == "bucket/some key/with space"
     assert storage.resolve("s3://bucket/other")[0] is first
     storage.forget_filesystems()
+
+
+def test_a_folder_that_vanishes_while_it_is_listed_is_listed_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "stays").write_bytes(b"x")
+    whole, asked = fs.LocalFileSystem(), []
+
+    class Vanishing:
+        def get_file_info(self, selector: fs.FileSelector) -> list[fs.FileInfo]:
+            asked.append(selector)
+            if len(asked) == 1:
+                raise FileNotFoundError(f"Cannot list directory '{tmp_path}/gone'")
+            return whole.get_file_info(selector)
+
+    monkeypatch.setattr(storage, "resolve", lambda uri, connection=0: (Vanishing(), str(tmp_path)))
+    assert storage.list_files(str(tmp_path)) == [("stays", 1)]
+    assert len(asked) == 2
