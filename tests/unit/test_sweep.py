@@ -1,4 +1,4 @@
-"""What a sweep tries, keeps and says: pure code; tests/integration/test_sweep.py runs one."""
+"""What a sweep tries, keeps and says: pure code; tests/integration/test_sweep_killed.py runs one."""
 
 import dataclasses
 import json
