@@ -11,6 +11,8 @@ from xml.etree import ElementTree
 from tests.faultproxy import Fault, Rule, Seen
 
 REFUSED = Fault(status=403, code="AccessDenied")
+# Arrow asks for a bucket that cannot exist, to tell by the error which store answers; any error will do.
+ARROW_PROBE = "/%24extremelyunlikelytoexist%24"
 
 
 def documented(page: Path, names: dict[str, str]) -> dict[str, Any]:
@@ -52,6 +54,11 @@ def needs(request: Seen) -> list[tuple[str, str, str | None]]:
     actions = {"GET": "s3:GetObject", "HEAD": "s3:GetObject", "PUT": "s3:PutObject", "POST": "s3:PutObject"}
     action = "s3:AbortMultipartUpload" if aborted else actions.get(request.method, "s3:DeleteObject")
     return [(action, f"{arn}/{key}", None)]
+
+
+def refused(requests: list[Seen]) -> list[Seen]:
+    """The requests that were refused, but for the one that is made to be."""
+    return [request for request in requests if request.status == REFUSED.status and request.path != ARROW_PROBE]
 
 
 def _covers(statement: dict[str, Any], action: str, resource: str, prefix: str | None) -> bool:

@@ -349,4 +349,4 @@ def trained(uri: str, folder: str, *, promote: bool) -> tuple[Any, Any]:
     config = Config(tracking=tracking, run=RunConfig(name="run0", commit="0" * 40))
     plan = SimpleNamespace(sha256="1" * 64)
     job = SimpleNamespace(config=config, folder=folder, plan=plan, world_sizes=(1,))
-    return job, SimpleNamespace(label_set="nih14", hash="0" * 64)
+    return job, SimpleNamespace(label_set="nih14", hash="0" * 64, validation_fraction=0.2, settings={"split_seed": "1"})
