@@ -17,6 +17,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cxr_dist import environment, storage
 from cxr_dist.errors import ConfigError, InputError
+from cxr_dist.placement import not_on_spot
 
 __all__ = ["check_visible", "connect", "free_cpus", "wait_for_room"]
 
@@ -70,17 +71,30 @@ def wait_for_room(bundles: Sequence[Mapping[str, float]], wait_s: float) -> None
     The cluster grows by itself only for work that waits, and a job that checks first would find nothing to work on.
     With 0 nothing is asked for. Returns when the room is there or the time is up, and takes the request back: it would
     outlive the job and keep paid nodes. The caller checks what came. (A cluster holds one such request at a time.)
+
+    For the second third of the time, GPUs that did not come are asked for on demand: Ray 2.60 does not remember that EC2
+    refused a spot node, and would ask for the same again for ever. Afterwards for any again, because a request that no
+    node type can fulfil brings nothing at all.
     """
     if not wait_s:
         return
     wanted: Counter[str] = Counter()
     for bundle in bundles:
         wanted.update(bundle)
-    request_resources(bundles=[dict(bundle) for bundle in bundles])
+    wishes = [dict(bundle) for bundle in bundles]
+    request_resources(bundles=wishes)
     try:
-        deadline = time.monotonic() + wait_s
+        began = time.monotonic()
         log.info("waiting up to %.0f s for nodes with %s", wait_s, dict(wanted))
-        while time.monotonic() < deadline and not _holds(ray.cluster_resources(), wanted):
+        asked = 0
+        while (waited := time.monotonic() - began) < wait_s and not _holds(there := ray.cluster_resources(), wanted):
+            third = int(3 * waited / wait_s)
+            if third != asked and wanted["GPU"]:
+                selectors = not_on_spot(bundles, there) if third == 1 else [{} for _ in bundles]
+                if any(selectors):
+                    log.info("%d GPU nodes did not come, asking for them on demand", sum(map(bool, selectors)))
+                request_resources(bundles=wishes, bundle_label_selectors=selectors)
+            asked = third
             time.sleep(POLL_S)
     finally:
         request_resources(bundles=[])

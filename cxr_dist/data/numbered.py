@@ -9,7 +9,7 @@ needs of Ray's private API (2.60): the constructor of a dataset from blocks, the
 
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 import pyarrow as pa
@@ -106,9 +106,11 @@ def numbered_blocks(
     num_actors: int,
     retries: int,
     store_bytes: int,
-    label_selector: dict[str, str] | None = None,
+    placement: Mapping[str, Any],
 ) -> Dataset:
     """A dataset of `count` blocks in the order of their numbers, made by actors of one CPU. Needs a running Ray.
+
+    `placement` says where they go (`cxr_dist.placement`); empty: wherever there is room.
 
     Each actor calls `make` once. A task whose actor dies is tried again `retries` times, by the actor that takes its place.
     No task is begun while blocks of `store_bytes`, estimated generously, are made or wait for their consumers.
@@ -138,7 +140,7 @@ def numbered_blocks(
                 enable_true_multi_threading=True,
             ),
             num_cpus=1,
-            label_selector=label_selector,
+            **placement,
             max_restarts=-1,
             max_task_retries=retries,
         )

@@ -27,6 +27,7 @@ from cxr_dist.data.ranges import ReadCounters
 from cxr_dist.data.rows import CORRUPT, OK, fixed_rows
 from cxr_dist.data.sizing import first_pieces, row_seconds
 from cxr_dist.errors import RunError
+from cxr_dist.placement import decoding
 
 __all__ = ["Batch", "PlanDataConfig", "Stream", "build_splits"]
 
@@ -66,10 +67,12 @@ def build_splits(
     *,
     num_actors: int,
     decoder: Callable[[StreamSpec], Maker] = Decoder,
-    label_selector: dict[str, str] | None = None,
     retries: int = TASK_RETRIES,
 ) -> list[Any]:
-    """One DataIterator a rank over the run's remaining steps. Needs a running Ray."""
+    """One DataIterator a rank over the run's remaining steps. Needs a running Ray.
+
+    Decoders go to ingest nodes, if there are any, and elsewhere where those have no room.
+    """
     if not spec.pieces:
         spec = dataclasses.replace(spec, pieces=_pieces(spec, num_actors))
     blocks = numbered_blocks(
@@ -80,7 +83,7 @@ def build_splits(
         store_bytes=max(
             LEAST_STORE_BYTES, spec.block_bytes * (BLOCKS_PER_ACTOR * num_actors + BLOCKS_PER_RANK * spec.world_size)
         ),
-        label_selector=label_selector,
+        placement=decoding(),
     )
     return blocks.streaming_split(spec.world_size, equal=False)
 

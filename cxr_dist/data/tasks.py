@@ -8,6 +8,7 @@ from typing import Any
 import ray
 
 from cxr_dist.cluster import connect
+from cxr_dist.placement import decoding
 
 PROGRESS_S = 10.0
 """Longest time between progress lines, seconds."""
@@ -21,7 +22,7 @@ def run(function: Callable[..., Any], arguments: Iterable[tuple], weights: Seque
     """The result of `function` for each tuple of arguments, in their order; one CPU a call.
 
     Joins the cluster if that has not been done. Two calls for each CPU that the cluster has by now are submitted at a
-    time, so that it can grow and memory stays bounded. `weights` (one a call, counted in `what`) give progress and ETA.
+    time, so that it can grow and memory stays bounded; on ingest nodes first. `weights` (one a call, counted in `what`) give progress and ETA.
     An error stops what runs, waits for it, and is raised as the function raised it.
     """
     connect()
@@ -33,9 +34,10 @@ def run(function: Callable[..., Any], arguments: Iterable[tuple], weights: Seque
     try:
         waiting = enumerate(arguments)
         while True:
-            cpus = int(ray.cluster_resources().get("CPU", 0))
+            cpus, where = int(ray.cluster_resources().get("CPU", 0)), decoding()
+            placed = remote.options(**where) if where else remote
             while len(running) < max(LEAST_SUBMITTED, 2 * cpus) and (following := next(waiting, None)) is not None:
-                running[remote.remote(*following[1])] = following[0]
+                running[placed.remote(*following[1])] = following[0]
             if not running:
                 break
             ready, _ = ray.wait(list(running), timeout=max(0.0, said + PROGRESS_S - time.monotonic()))

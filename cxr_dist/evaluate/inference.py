@@ -27,6 +27,7 @@ from cxr_dist.errors import ConfigError, DataError, RunError
 from cxr_dist.evaluate.scores import ScoreTable, from_logits
 from cxr_dist.model import weights
 from cxr_dist.model.network import Network
+from cxr_dist.placement import decoding
 from cxr_dist.preflight import check_pixels
 from cxr_dist.train.checkpoint import load_checkpoint
 
@@ -140,6 +141,7 @@ def pipeline(
             num_cpus=1,
             compute=ray.data.TaskPoolStrategy(size=decoders),
             max_retries=TASK_RETRIES,
+            **decoding(),
         ).map_batches(
             score,
             fn_constructor_args=arguments,

@@ -29,6 +29,7 @@ from cxr_dist.data.rows import PADDING, Journal, RowDecoder, fixed_rows
 from cxr_dist.errors import RunError
 from cxr_dist.evaluate.inference import scorers
 from cxr_dist.model.features import to_bytes
+from cxr_dist.placement import decoding
 from cxr_dist.train.job import TrainJob
 from cxr_dist.train.survey import network_of
 
@@ -76,7 +77,9 @@ def compute(job: TrainJob, places: Mapping[Name, Place], tasks: list[Task]) -> I
         if job.use_gpu:
             rows = decode.shard_rows
             actors = ray.data.ActorPoolStrategy(size=scorers(job.config, use_gpu=True))
-            blocks = items.map_batches(decode, batch_size=1, num_cpus=1, max_retries=TASK_RETRIES).map_batches(
+            where = decoding()
+            rows_of = items.map_batches(decode, batch_size=1, num_cpus=1, max_retries=TASK_RETRIES, **where)
+            blocks = rows_of.map_batches(
                 ComputeFeatures,
                 fn_constructor_args=(job, tasks),
                 batch_size=rows,
@@ -85,7 +88,7 @@ def compute(job: TrainJob, places: Mapping[Name, Place], tasks: list[Task]) -> I
                 num_gpus=1,
                 **retries,
             )
-            blocks = blocks.map_batches(write, batch_size=None, batch_format="pyarrow", num_cpus=1)
+            blocks = blocks.map_batches(write, batch_size=None, batch_format="pyarrow", num_cpus=1, **where)
         else:
             actors = ray.data.ActorPoolStrategy(size=max(1, min(len(tasks), free_cpus(0))))
             blocks = items.map_batches(

@@ -241,6 +241,7 @@ def test_a_first_step_of_much_work_is_cut_for_the_decoders(monkeypatch, global_b
         return SimpleNamespace(streaming_split=lambda *_, **__: [])
 
     monkeypatch.setattr("cxr_dist.data.stream.numbered_blocks", numbered)
+    monkeypatch.setattr("cxr_dist.data.stream.decoding", dict)  # no Ray is asked for nodes
     plan = dataclasses.replace(plan_of(train=800), global_batch=global_batch)
     spec = spec_of(plan=plan, pieces=asked)
     build_splits(spec, num_actors=4)
@@ -278,7 +279,9 @@ def test_a_task_that_waits_weighs_nothing(consumers):
     few, many = (
         len(
             ray.cloudpickle.dumps(
-                numbered_blocks(count, partial(Decoder, spec_of()), num_actors=2, retries=0, store_bytes=1)
+                numbered_blocks(
+                    count, partial(Decoder, spec_of()), num_actors=2, retries=0, store_bytes=1, placement={}
+                )
             )
         )
         for count in (10, 20_010)

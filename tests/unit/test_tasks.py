@@ -45,6 +45,7 @@ def ray_of(monkeypatch):
         cluster = Cluster(cpus, ends)
         monkeypatch.setattr(tasks, "ray", cluster)
         monkeypatch.setattr(tasks, "connect", lambda: None)
+        monkeypatch.setattr(tasks, "decoding", dict)
         return cluster
 
     return install
