@@ -27,12 +27,9 @@ from cxr_dist.data.ranges import ReadCounters
 from cxr_dist.data.rows import CORRUPT, OK, fixed_rows
 from cxr_dist.data.sizing import first_pieces, row_seconds
 from cxr_dist.errors import RunError
-from cxr_dist.placement import decoding
+from cxr_dist.placement import ACTOR_RETRIES, decoding
 
 __all__ = ["Batch", "PlanDataConfig", "Stream", "build_splits"]
-
-TASK_RETRIES = 8
-"""Attempts after the first at a decoding task whose process died; Ray's default is to try for ever."""
 
 BLOCKS_PER_ACTOR, BLOCKS_PER_RANK = 8, 4
 """Blocks that may be in memory at once. Ray counts two for each of an actor's two tasks while they run, and keeps a
@@ -67,7 +64,7 @@ def build_splits(
     *,
     num_actors: int,
     decoder: Callable[[StreamSpec], Maker] = Decoder,
-    retries: int = TASK_RETRIES,
+    retries: int = ACTOR_RETRIES,
 ) -> list[Any]:
     """One DataIterator a rank over the run's remaining steps. Needs a running Ray.
 

@@ -27,7 +27,7 @@ from cxr_dist.errors import ConfigError, DataError, RunError
 from cxr_dist.evaluate.scores import ScoreTable, from_logits
 from cxr_dist.model import weights
 from cxr_dist.model.network import Network
-from cxr_dist.placement import decoding
+from cxr_dist.placement import ACTOR_RETRIES, decoding
 from cxr_dist.preflight import check_pixels
 from cxr_dist.train.checkpoint import load_checkpoint
 
@@ -151,7 +151,7 @@ def pipeline(
             num_gpus=1 if use_gpu else 0,
             num_cpus=0 if use_gpu else 1,
             max_restarts=-1,
-            max_task_retries=TASK_RETRIES,
+            max_task_retries=ACTOR_RETRIES,
         )
     blocks.context.target_max_block_size = None
     return blocks

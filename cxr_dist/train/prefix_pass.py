@@ -29,7 +29,7 @@ from cxr_dist.data.rows import PADDING, Journal, RowDecoder, fixed_rows
 from cxr_dist.errors import RunError
 from cxr_dist.evaluate.inference import scorers
 from cxr_dist.model.features import to_bytes
-from cxr_dist.placement import decoding
+from cxr_dist.placement import ACTOR_RETRIES, decoding
 from cxr_dist.train.job import TrainJob
 from cxr_dist.train.survey import network_of
 
@@ -38,7 +38,7 @@ __all__ = ["Name", "Place", "Task", "compute"]
 log = logging.getLogger(__name__)
 
 TASK_RETRIES = 8
-"""Attempts after the first at a shard whose process died."""
+"""Attempts after the first at decoding or writing a shard, in a task whose process died."""
 
 Name = tuple[str, int]
 """A set of features: split and view."""
@@ -70,7 +70,7 @@ def compute(job: TrainJob, places: Mapping[Name, Place], tasks: list[Task]) -> I
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     items = ray.data.from_items(list(range(len(tasks))), override_num_blocks=len(tasks))
-    retries: dict[str, Any] = {"max_restarts": -1, "max_task_retries": TASK_RETRIES}
+    retries: dict[str, Any] = {"max_restarts": -1, "max_task_retries": ACTOR_RETRIES}
     with warnings.catch_warnings():
         # Ray 2.60 calls the retries' arguments deprecated and has no other name for them
         warnings.simplefilter("ignore", RayDeprecationWarning)

@@ -16,7 +16,6 @@ from cxr_dist.data.nih import FINDINGS
 from cxr_dist.data.plan import Plan, Split
 from cxr_dist.data.rows import Journal, RowDecoder, fixed_rows
 from cxr_dist.data.shards import ShardReader
-from cxr_dist.data.stream import TASK_RETRIES
 from cxr_dist.experiment import absolute_uri
 from cxr_dist.model import weights
 from cxr_dist.model.augment import to_input
@@ -26,6 +25,8 @@ from cxr_dist.train.job import TrainJob
 __all__ = ["DEV_RUN_STEPS", "bundles", "make_job", "prepare_weights", "with_defaults"]
 
 CALIBRATION_IMAGES = 64
+DECODE_RETRIES = 8
+"""Attempts after the first at decoding them, in a task whose process died."""
 DEV_RUN_STEPS = 2
 
 
@@ -118,7 +119,7 @@ def calibration_images(job: TrainJob) -> npt.NDArray[np.uint8]:
     token = uuid.uuid4().hex
     if not ray.is_initialized():
         return decode_first(job, token)
-    return ray.get(ray.remote(max_retries=TASK_RETRIES)(decode_first).remote(job, token))
+    return ray.get(ray.remote(max_retries=DECODE_RETRIES)(decode_first).remote(job, token))
 
 
 def decode_first(job: TrainJob, token: str) -> npt.NDArray[np.uint8]:
