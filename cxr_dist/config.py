@@ -78,7 +78,7 @@ class DataConfig:
     max_corrupt: float = 0.001
     """Part of the delivered images that may be unreadable before the job fails."""
     decode_workers: int = 0
-    """Decoding processes in the stream; 0: one per CPU that the trainers leave free."""
+    """Decoding processes in the stream, on nodes labelled `cxr-role: ingest` first; 0: one per CPU that the trainers leave free."""
     task_images: int = 0
     """Images in one decoding task, rounded down to whole steps of a rank; 0: 2 s of a core's work, 32 MiB at most."""
     cache_dir: str = ""
@@ -223,7 +223,8 @@ class TrainConfig:
     max_failures: int = 3
     """Times that a failed group of workers is started again from the last checkpoint."""
     wait_for_nodes_s: int = 0
-    """Longest wait for an autoscaling cluster to bring up the nodes of this run, seconds; 0: they must be there."""
+    """Longest wait for an autoscaling cluster to bring up the nodes of this run, seconds; 0: they must be there. GPUs that did
+    not come in a third of it are asked for where they are not labelled `cxr-market: spot`."""
     log_every_steps: int = 50
     """Steps between progress lines and metrics."""
     process_group_timeout_s: int = 300

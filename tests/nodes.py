@@ -7,7 +7,6 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Mapping
 from typing import Self
 
 import psutil
@@ -45,8 +44,8 @@ machine's other address, and a folder of working directories that two nodes shar
 class Node:
     """A node of the stack's cluster with so many logical CPUs, up while its `with` block runs."""
 
-    def __init__(self, stack: Stack, num_cpus: int, labels: Mapping[str, str] | None = None):
-        self.stack, self.num_cpus, self.labels = stack, num_cpus, labels or {}
+    def __init__(self, stack: Stack, num_cpus: int):
+        self.stack, self.num_cpus = stack, num_cpus
 
     def __enter__(self) -> Self:
         command = [sys.executable, "-c", ON_LOOPBACK, "start", "--block", "--disable-usage-stats"]
@@ -58,8 +57,6 @@ class Node:
             "max-worker-port": 0,
             **free_ports(PORTS),
         }
-        if self.labels:
-            options["labels"] = ",".join(f"{name}={value}" for name, value in self.labels.items())
         command += [f"--{name}={value}" for name, value in options.items()]
         self.log = tempfile.TemporaryFile()
         self.runtime_envs = tempfile.TemporaryDirectory()

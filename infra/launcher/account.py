@@ -5,7 +5,7 @@ A question that the caller may not ask is told as such, and is no fault of the a
 
 import functools
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,13 +13,15 @@ import boto3
 import botocore.exceptions as errors
 from botocore.config import Config
 
+from infra.launcher.quotas import quota_of
 from infra.launcher.rules import Cluster, is_spot, node_types
 
-__all__ = ["Answers", "ask", "quota_of"]
+__all__ = ["Answers", "ask"]
 
 QUICK = Config(connect_timeout=5, read_timeout=20, retries={"total_max_attempts": 2})
 DENIED = ("AccessDenied", "AccessDeniedException", "UnauthorizedOperation", "AuthorizationError")
 SSH = 22
+SPOT_ROLE = "AWSServiceRoleForEC2Spot"
 
 
 @dataclass
@@ -60,7 +62,7 @@ def ask(cluster: Cluster, *, profile: str | None = None) -> Answers:
             f"profile {name}: found none in ~/.aws, expected its credentials; run aws configure sso"
         )
         return answers
-    for question in (_profiles, _types, _quotas, _machine_images, _group, _registry, _launches):
+    for question in (_profiles, _spot_role, _types, _quotas, _machine_images, _group, _registry, _launches):
         try:
             answers.problems += question(account)
         except errors.ClientError as error:
@@ -126,6 +128,21 @@ def _profiles(account: _Account) -> Iterator[str]:
                 yield f"{where}: found the profile {profile} without a role, expected one; add its role to it"
 
 
+def _spot_role(account: _Account) -> Iterator[str]:
+    """Role for spot: EC2 needs it once in an account, and the head may not make it."""
+    spot = [name for name, kind in node_types(account.cluster).items() if is_spot(kind["node_config"])]
+    try:
+        if spot:
+            account.client("iam").get_role(RoleName=SPOT_ROLE)
+    except errors.ClientError as error:
+        if _code(error) != "NoSuchEntity":
+            raise
+        yield (
+            f"available_node_types.{spot[0]}: the account has no role {SPOT_ROLE}, without which no spot node starts; once: "
+            "aws iam create-service-linked-role --aws-service-name spot.amazonaws.com"
+        )
+
+
 def _types(account: _Account) -> Iterator[str]:
     """Instance types: offered in the region, with as many CPUs and GPUs as the file says."""
     ec2 = account.client("ec2")
@@ -172,19 +189,6 @@ def _quotas(account: _Account) -> Iterator[str]:
                 f"{allowed:g} vCPUs, one {instance} takes {each}; ask AWS for {each * max(1, kind.get('max_workers', 1))} "
                 "(Service Quotas, EC2; hours to days)"
             )
-
-
-def quota_of(instance: str, quotas: Mapping[str, Any], *, spot: bool) -> str | None:
-    """Name of the quota that counts an instance type: the one that lists its family ("G"), or family and generation ("P5")."""
-    pattern = r"All (.*) Spot Instance Requests" if spot else r"Running On-Demand (.*) instances"
-    parts = re.match(r"([a-z]+)(\d*)", instance)
-    family, generation = (parts[1].upper(), parts[2]) if parts else ("", "")
-    for names in ({family, f"{family}{generation}"}, {family[:1]}):
-        for quota in quotas:
-            listed = re.fullmatch(pattern, quota)
-            if listed and names & {word.upper() for word in re.split(r"[^A-Za-z0-9]+", listed[1])}:
-                return quota
-    return None
 
 
 def _machine_images(account: _Account) -> Iterator[str]:

@@ -24,7 +24,8 @@ from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
 from ray.autoscaler._private.commands import _bootstrap_config
 
 from infra import check_cluster
-from infra.launcher.account import ask, quota_of
+from infra.launcher.account import ask
+from infra.launcher.quotas import quota_of
 
 FILE = Path(__file__).resolve().parents[2] / "ray-cluster.yaml"
 REGION = "us-east-1"
@@ -91,6 +92,7 @@ def fill() -> None:
         iam.create_role(RoleName=name, AssumeRolePolicyDocument="{}")
         iam.create_instance_profile(InstanceProfileName=name)
         iam.add_role_to_instance_profile(InstanceProfileName=name, RoleName=name)
+    iam.create_role(RoleName="AWSServiceRoleForEC2Spot", AssumeRolePolicyDocument="{}")
     group = ec2.create_security_group(GroupName="cxr-dist-nodes", Description="nodes", VpcId=default_vpc())["GroupId"]
     allow(group, {"IpProtocol": "-1", "UserIdGroupPairs": [{"GroupId": group}]})
     allow(group, {"IpProtocol": "tcp", "FromPort": 22, "ToPort": 22, "IpRanges": [{"CidrIp": "203.0.113.7/32"}]})
@@ -263,6 +265,19 @@ def test_profiles_that_are_not_there_or_have_no_role(cluster: Cluster, account: 
         "available_node_types.cpu-ingest.node_config.IamInstanceProfile: found the profile without without a role, expected "
         "one; add its role to it",
     ]
+
+
+def test_an_account_that_never_had_a_spot_node(cluster: Cluster, account: dict) -> None:
+    iam = boto3.client("iam", REGION)
+    iam.delete_role(RoleName="AWSServiceRoleForEC2Spot")
+    try:
+        [line] = ask(cluster).problems
+    finally:
+        iam.create_role(RoleName="AWSServiceRoleForEC2Spot", AssumeRolePolicyDocument="{}")
+    assert line == (
+        "available_node_types.gpu-spot: the account has no role AWSServiceRoleForEC2Spot, without which no spot node starts; "
+        "once: aws iam create-service-linked-role --aws-service-name spot.amazonaws.com"
+    )
 
 
 def test_what_the_region_does_not_have(cluster: Cluster, account: dict) -> None:
