@@ -1,6 +1,8 @@
 """ray-cluster.yaml: Ray's launcher accepts it, the stricter checks find nothing, and name each fault that it might have."""
 
 import copy
+import subprocess
+import tomllib
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -334,3 +336,31 @@ def test_the_same_file_for_machines_of_ones_own(cluster: Cluster, capsys: pytest
         assert "--object-spilling-directory=/data/scratch/spill" in line
     assert "--dashboard-host=127.0.0.1" in starts[0]
     assert "aws" not in yaml.safe_dump(made)
+
+
+@pytest.mark.parametrize("target", ["gpu", "cpu"])
+def test_a_node_pulls_its_own_target_out_of_the_accounts_registry(
+    cluster: Cluster, tmp_path: Path, target: str
+) -> None:
+    """The command as the node's shell runs it, with doubles of what the machine image has."""
+    said = tmp_path / "said"
+    for name, body in {
+        "aws": 'case "$1" in sts) echo 123456789012;; ecr) echo "$AWS_DEFAULT_REGION password";; esac',
+        "nvidia-smi": f"exit {0 if target == 'gpu' else 9}",
+        "docker": f'echo "$@" >> {said}; [ "$1" != login ] || cat >> {said}',
+    }.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    command, env = cluster["initialization_commands"][1], {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+    subprocess.run(["bash", "-c", command], env=env, check=True)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    registry = "123456789012.dkr.ecr.us-east-1.amazonaws.com"
+    image = f"{registry}/cxr-dist:{project}-ray{RAY}-{target}"
+    assert said.read_text().splitlines() == [
+        f"login --username AWS --password-stdin {registry}",
+        "us-east-1 password",
+        f"pull --quiet {image}",
+        f"tag {image} {cluster['docker']['image']}",
+    ]
+    (tmp_path / "docker").write_text('#!/bin/sh\ncat >/dev/null; [ "$1" != pull ]\n')
+    assert subprocess.run(["bash", "-c", command], env=env, stdin=subprocess.DEVNULL).returncode != 0
