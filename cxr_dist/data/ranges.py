@@ -245,8 +245,10 @@ class ByteRanges:
                 return source.size(), _NOTHING
             _count(bytes_read=length, requests=1)
             try:
-                # into Arrow's memory, which it keeps for the next range: fresh memory costs a quarter of the reading
-                return size, source.get_stream(offset, length).read_buffer(length)
+                # into Arrow's memory, which it keeps for the next range: fresh memory costs a quarter of the reading.
+                # What is read whole is read as it was opened, for there Google's client has begun to already.
+                part = source if length == size else source.get_stream(offset, length)
+                return size, part.read_buffer(length)
             except (OSError, pa.ArrowInvalid) as error:  # S3's, Google's
                 if not any(mark in str(error) for mark in NO_SUCH_RANGE):
                     raise

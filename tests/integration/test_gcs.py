@@ -7,13 +7,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import pytest
 from mlflow import MlflowClient
 
 from cxr_dist import preflight, storage
 from cxr_dist.cli import run_job
 from cxr_dist.config import Config, DataConfig, TrainConfig
-from cxr_dist.data.ranges import NO_SUCH_RANGE
+from cxr_dist.data.ranges import NO_SUCH_RANGE, ByteRanges
 from cxr_dist.data.synth import write_release
 from cxr_dist.errors import ConfigError, InputError
 from cxr_dist.train.checkpoint import Checkpoints
@@ -85,6 +87,31 @@ def test_a_range_past_the_end_is_told_by_its_status(store: GoogleStore) -> None:
     with pytest.raises(ValueError, match="OUT_OF_RANGE") as raised:
         storage.open_input(f"{GS}/short").get_stream(20, 4).read_buffer(4)
     assert any(mark in str(raised.value) for mark in NO_SUCH_RANGE)
+
+
+def test_a_file_that_is_read_whole_is_fetched_once_and_a_range_alone(store: GoogleStore) -> None:
+    storage.put_atomic(f"{GS}/pieces/whole.png", b"0123456789")
+    storage.put_atomic(f"{GS}/pieces/shard.parquet", b"0123456789" * 10)
+    ranges = ByteRanges(
+        root=f"{GS}/pieces",
+        paths=pa.array(["whole.png", "shard.parquet"]),
+        file_bytes=np.array([10, 100]),
+        file_sha256=None,
+        file_index=np.array([0, 1, 1], np.int32),
+        offset=np.array([0, 20, 50]),
+        length=np.array([10, 3, 4]),
+        missing="expected a file",
+        mend="ingest again",
+    )
+    read = {}
+    for run in ([0], [1], [2]):
+        before = len(store.requests())
+        [(_, [piece])] = ranges.stream([run])
+        fetched = [line for line in store.requests()[before:] if "alt=media" in line]
+        read[run[0]] = (bytes(piece), len(fetched))
+    assert read[0] == (b"0123456789", 1)
+    assert read[1] == (b"012", 2)  # one of them of the whole object, begun when it was opened, and not read
+    assert read[2] == (b"0123", 1)
 
 
 def test_listing_knows_folders_though_no_object_stands_for_them(store: GoogleStore) -> None:
@@ -253,7 +280,11 @@ def test_housekeeping_finds_runs_and_removes_them_whole(
 
 
 @pytest.mark.long
-def test_the_whole_job_out_of_and_into_google_storage(store: GoogleStore, tmp_path: Path) -> None:
+def test_the_whole_job_out_of_and_into_google_storage(
+    store: GoogleStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     write_release(tmp_path / "nih", num_patients=40, seed=0, size=128)
     for path in sorted((tmp_path / "nih").rglob("*")):
         if path.is_file():
