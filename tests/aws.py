@@ -27,7 +27,7 @@ class Account:
     url: str
 
     def client(self, service: str) -> Any:
-        return boto3.client(service, endpoint_url=self.url, region_name=REGION, **KEYS)
+        return boto3.session.Session().client(service, endpoint_url=self.url, region_name=REGION, **KEYS)
 
     @property
     def env(self) -> dict[str, str]:
