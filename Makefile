@@ -37,10 +37,11 @@ soak: install  ## hurt one long run at random for MINUTES (30), SEED (0), and se
 	mkdir -p outputs
 	$(BIN)/python -m tests.soak --minutes $(or $(MINUTES),30) --seed $(or $(SEED),0) --json outputs/soak.json
 
-check: install audit  ## lint, types and known vulnerabilities only
+check: install audit  ## lint, types, known vulnerabilities and AWS's template only
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/cfn-lint infra/aws/stack.yaml
 
 audit: install  ## known vulnerabilities of what is pinned, if PyPI can be asked
 	$(BIN)/python infra/audit.py requirements.lock

@@ -23,7 +23,17 @@ import pyarrow as pa
 from pyarrow import fs as pafs
 
 from cxr_dist.errors import InputError
-from cxr_dist.store_errors import MISSING, NO_BUCKET, REFUSED, TRANSIENT, advice, mentions, shown
+from cxr_dist.store_errors import (
+    GOOGLE,
+    LOST_UPLOADS,
+    MISSING,
+    NO_BUCKET,
+    REFUSED,
+    TRANSIENT,
+    advice,
+    mentions,
+    shown,
+)
 
 T = TypeVar("T")
 
@@ -31,6 +41,9 @@ ATTEMPTS = 4
 """Times that an operation with a transient fault is tried; pyarrow tries each S3 request a few times by itself."""
 MAX_PAUSE_S = 8.0
 """Longest pause between two tries, seconds."""
+GOOGLE_RETRY_S = 10
+"""Time in which Google's client tries one request again, seconds; its own default is 15 minutes, also where it finds no
+credentials."""
 
 
 def resolve(uri: str, connection: int = 0) -> tuple[pafs.FileSystem, str]:
@@ -150,6 +163,8 @@ def scan(uri: str, recursive: bool = True) -> list[tuple[str, int, float]]:
 
 def list_folders(uri: str) -> list[str]:
     """Names of the folders right under a folder or prefix, sorted; in an object store those of keys with more parts."""
+    if uri.startswith("gs:"):  # there pyarrow knows only folders that an empty object stands for
+        return sorted({path.partition("/")[0] for path, _ in list_files(uri) if "/" in path})
     _, infos = _children(uri, recursive=False)
     return sorted(info.base_name for info in infos if info.type == pafs.FileType.Directory)
 
@@ -177,8 +192,8 @@ def upload_atomic(local_path: str | Path, uri: str) -> None:
 def delete(uri: str) -> None:
     """Remove a file; nothing happens if there is none.
 
-    In an object store pyarrow puts an empty `FOLDER/` object where the file was; `list_files` and `exists` of a file
-    never see it, `delete_dir` of a folder above takes it away.
+    In S3 pyarrow puts an empty `FOLDER/` object where the file was; `list_files` and `exists` of a file never see it,
+    `delete_dir` of a folder above takes it away.
     """
     fs, path = resolve(uri)
     try:
@@ -239,6 +254,8 @@ def forget_filesystems() -> None:
 def _filesystem(scheme: str, bucket: str, query: str = "", connection: int = 0) -> pafs.FileSystem:
     if scheme == "file":
         return pafs.LocalFileSystem()
+    if scheme == "gs" and "retry_limit_seconds" not in query:
+        query = f"retry_limit_seconds={GOOGLE_RETRY_S}" + (f"&{query}" if query else "")
     return pafs.FileSystem.from_uri(f"{scheme}://{bucket}" + (f"?{query}" if query else ""))[0]
 
 
@@ -246,8 +263,17 @@ def _filesystem(scheme: str, bucket: str, query: str = "", connection: int = 0) 
 def _bucket(scheme: str, netloc: str, query: str) -> str:
     """The name of a bucket that exists; asked once a process. Raises InputError."""
     uri = f"{scheme}://{netloc}"
-    found = retry(lambda: _filesystem(scheme, netloc, query).get_file_info(netloc), uri)
-    if found.type == pafs.FileType.NotFound:
+
+    def known() -> bool:
+        try:
+            return bool(_filesystem(scheme, netloc, query).get_file_info(netloc).type != pafs.FileType.NotFound)
+        except PermissionError:
+            # Google's roles for objects cannot look at their bucket; of one that is not there it says so to anybody
+            if scheme != "gs":
+                raise
+            return True
+
+    if not retry(known, uri):
         raise InputError(advice(uri, "NO_SUCH_BUCKET"))
     return netloc
 
@@ -329,12 +355,13 @@ def retry(operation: Callable[[], T], uri: str, pause: Callable[[float], None] =
         except (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError) as error:
             if not is_local(uri) and (isinstance(error, PermissionError) or mentions(str(error), NO_BUCKET)):
                 raise InputError(advice(uri, str(error))) from None
-            if isinstance(error, FileNotFoundError):
-                _check_bucket(uri)
-            raise
-        except OSError as error:
+            if not (mentions(str(error), LOST_UPLOADS) and attempt < ATTEMPTS - 1):
+                if isinstance(error, FileNotFoundError):
+                    _check_bucket(uri)
+                raise
+        except (OSError, pa.ArrowException) as error:
             text = str(error)
-            if is_local(uri):
+            if is_local(uri) or not (isinstance(error, OSError) or GOOGLE in text):
                 raise
             if mentions(text, NO_BUCKET) or mentions(text, REFUSED):
                 raise InputError(advice(uri, text)) from None
@@ -343,5 +370,5 @@ def retry(operation: Callable[[], T], uri: str, pause: Callable[[float], None] =
                 raise FileNotFoundError(shown(uri)) from None
             if not mentions(text, TRANSIENT) or attempt == ATTEMPTS - 1:
                 raise InputError(advice(uri, text)) from None
-            pause(min(MAX_PAUSE_S, 0.5 * 2**attempt) * random.uniform(0.5, 1.0))  # noqa: S311 - no secret
+        pause(min(MAX_PAUSE_S, 0.5 * 2**attempt) * random.uniform(0.5, 1.0))  # noqa: S311 - no secret
     raise AssertionError("unreachable")

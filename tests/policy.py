@@ -1,5 +1,6 @@
 """An object store's policy, held to by a proxy: the statements of docs/security.md, tried on what jobs really ask for."""
 
+import copy
 import fnmatch
 import json
 import re
@@ -15,12 +16,22 @@ REFUSED = Fault(status=403, code="AccessDenied")
 ARROW_PROBE = "/%24extremelyunlikelytoexist%24"
 
 
-def documented(page: Path, names: dict[str, str]) -> dict[str, Any]:
-    """The first policy in JSON on a page, with the page's placeholders replaced."""
-    [text, *_] = re.findall(r"```json\n(\{\"Version\".*?)```", page.read_text(), re.DOTALL)
+def documented(page: Path, names: dict[str, str], number: int = 0) -> dict[str, Any]:
+    """A policy in JSON on a page, by its number there, with the page's placeholders replaced."""
+    text = re.findall(r"```json\n(\{\"Version\".*?)```", page.read_text(), re.DOTALL)[number]
     for placeholder, name in names.items():
         text = text.replace(placeholder, name)
     return json.loads(text)
+
+
+def with_ingest(policy: dict[str, Any], bucket: str) -> dict[str, Any]:
+    """The documented policy of the store, with what the page says that ingest wants besides."""
+    widened = copy.deepcopy(policy)
+    listing, reading, writing = widened["Statement"]
+    listing["Condition"]["StringLikeIfExists"]["s3:prefix"].append("release*")
+    reading["Resource"].append(f"arn:aws:s3:::{bucket}/release/*")
+    writing["Resource"].append(f"arn:aws:s3:::{bucket}/dataset/*")
+    return widened
 
 
 def held_to(policy: dict[str, Any]) -> Rule:

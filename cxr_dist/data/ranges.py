@@ -63,7 +63,7 @@ class ReadCounters:
         return ReadCounters(**{name: getattr(self, name) - getattr(earlier, name) for name in names})
 
 
-NO_SUCH_RANGE = "HTTP status 416"
+NO_SUCH_RANGE = ("HTTP status 416", "HTTP status code: 416")
 """In the text of pyarrow's error for a range past an object's end. Where an object became shorter but the range begins in
 it, pyarrow gives bytes that were never written for the rest: page checksums find those."""
 _NOTHING = pa.py_buffer(b"")
@@ -245,10 +245,12 @@ class ByteRanges:
                 return source.size(), _NOTHING
             _count(bytes_read=length, requests=1)
             try:
-                # into Arrow's memory, which it keeps for the next range: fresh memory costs a quarter of the reading
-                return size, source.get_stream(offset, length).read_buffer(length)
-            except OSError as error:
-                if NO_SUCH_RANGE not in str(error):
+                # into Arrow's memory, which it keeps for the next range: fresh memory costs a quarter of the reading.
+                # What is read whole is read as it was opened, for there Google's client has begun to already.
+                part = source if length == size else source.get_stream(offset, length)
+                return size, part.read_buffer(length)
+            except (OSError, pa.ArrowInvalid) as error:  # S3's, Google's
+                if not any(mark in str(error) for mark in NO_SUCH_RANGE):
                     raise
                 return storage.size(uri), _NOTHING
 

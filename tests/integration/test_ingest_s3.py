@@ -14,17 +14,27 @@ from cxr_dist.data.ingest import ingest
 from cxr_dist.data.manifest import Manifest
 from cxr_dist.data.shards import ShardReader
 from cxr_dist.errors import DataError, InputError
+from tests.faultproxy import FaultProxy, fault_proxy
 from tests.ingesting import ROOT, config_of, kill_at
+from tests.policy import documented, held_to, needs, refused, with_ingest
 from tests.releases import write_archives, write_release
 
 CHANGES = {"size": 128}
 
 
 @pytest.fixture(scope="module")
-def cluster(s3_env: dict[str, str]) -> Iterator[str]:
+def proxy(s3_env: dict[str, str]) -> Iterator[FaultProxy]:
+    """What stands before the S3 server, for this process and Ray's workers."""
+    with fault_proxy(s3_env["AWS_ENDPOINT_URL"]) as found, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", found.url)
+        yield found
+
+
+@pytest.fixture(scope="module")
+def cluster(s3_env: dict[str, str], proxy: FaultProxy) -> Iterator[str]:
     """Ray whose workers have the S3 server's settings."""
     storage.forget_filesystems()
-    env = {**s3_env, "PYTHONPATH": str(ROOT)}
+    env = {**s3_env, "AWS_ENDPOINT_URL": proxy.url, "PYTHONPATH": str(ROOT)}
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": env})
     yield ray.get_runtime_context().gcs_address
     ray.shutdown()
@@ -84,6 +94,23 @@ def test_a_release_in_s3_becomes_the_same_shards(release, expected, kind):
     assert [key for key in raw_keys(f"from-{kind}/") if ".staging" in key] == []
     assert ingest(config_of(f"{release}/{kind}", uri, **CHANGES))["unchanged"]
     assert Manifest.load(uri).hash == result["manifest_sha256"]
+
+
+def test_ingest_needs_no_more_of_the_store_than_the_security_page_says(release, expected, proxy):
+    policy = with_ingest(documented(ROOT / "docs" / "security.md", {"BUCKET": "cxr"}), "cxr")
+    before = len(proxy.seen)
+    proxy.rule = held_to(policy)
+    try:
+        ingest(config_of(f"{release}/archives", "s3://cxr/dataset/policed", **CHANGES))
+        with pytest.raises(InputError, match="access was refused"):
+            ingest(config_of(f"{release}/files", "s3://cxr/elsewhere", **CHANGES))
+    finally:
+        proxy.rule = lambda request: None
+    assert contents("s3://cxr/dataset/policed") == expected
+    outside = [request for request in refused(proxy.seen[before:]) if "elsewhere" not in request.path]
+    assert outside == []
+    asked = {action for request in proxy.seen[before:] for action, _, _ in needs(request)}
+    assert asked >= {"s3:GetObject", "s3:ListBucket", "s3:PutObject", "s3:DeleteObject"}
 
 
 def test_in_place_reads_the_objects_where_they_lie(release, folder):

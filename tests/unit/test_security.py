@@ -115,6 +115,7 @@ def test_no_code_executes_or_opens_more_than_it_says() -> None:
 
 def test_no_file_that_starts_servers_opens_them_to_everybody() -> None:
     files = [ROOT / "ray-cluster.yaml", ROOT / "Makefile", ROOT / "README.md", *(ROOT / "infra").rglob("*.yaml")]
+    files.remove(ROOT / "infra" / "aws" / "stack.yaml")  # what may come in there is test_aws_template.py's
     assert not [str(path) for path in files if "0.0.0.0" in path.read_text()]
 
 

@@ -2,7 +2,9 @@
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
+import pyarrow as pa
 import pytest
 from pyarrow import fs
 
@@ -10,6 +12,7 @@ from cxr_dist import storage
 from cxr_dist.errors import InputError
 
 S3 = "s3://bucket/nih"
+GS = "gs://bucket/nih"
 
 
 def failing(*errors: Exception):
@@ -144,6 +147,62 @@ def test_a_fault_that_stays_is_an_input_error_after_the_last_try():
         storage.retry(operation, S3, pauses.append)
     assert operation.calls == storage.ATTEMPTS
     assert len(pauses) == storage.ATTEMPTS - 1
+
+
+def google(status: str) -> str:
+    return f"google::cloud::Status({status})"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(google("UNAVAILABLE: Retry policy exhausted, with a last message of CURL error [7]=Could not connect")),
+        pa.lib.ArrowCapacityError(google("RESOURCE_EXHAUSTED: Retry policy exhausted: 429")),
+        pa.lib.ArrowException("Unknown error: " + google("INTERNAL: Retry policy exhausted")),
+        FileNotFoundError(google("NOT_FOUND: Permanent error {gcloud-cpp.retry.function=UploadChunk, reason=…}")),
+    ],
+)
+def test_googles_transient_faults_are_tried_again_whatever_pyarrow_makes_of_them(error: Exception) -> None:
+    operation = failing(error, error, error)
+    assert storage.retry(operation, GS, lambda seconds: None) == "done"
+    assert operation.calls == 4
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(google("UNAVAILABLE: Could not create a OAuth2 access token: CURL error [6]")), "access was refused"),
+        (pa.lib.ArrowInvalid(google("INVALID_ARGUMENT: Could not create a OAuth2 access token")), "access was refused"),
+        (PermissionError(google("PERMISSION_DENIED: 403")), "machine's service account"),
+        (pa.lib.ArrowInvalid(google("OUT_OF_RANGE: 416")), "the object store failed"),
+    ],
+)
+def test_what_a_person_must_mend_with_google_is_not_tried_again(error: Exception, words: str) -> None:
+    operation = failing(error)
+    with pytest.raises(InputError, match=words) as raised:
+        storage.retry(operation, GS, pytest.fail)
+    assert operation.calls == 1
+    assert "AWS" not in str(raised.value)
+
+
+def test_a_fault_of_arrow_itself_is_no_fault_of_a_store() -> None:
+    for uri in (S3, GS, "/tmp/x"):
+        with pytest.raises(pa.ArrowInvalid, match="not a Parquet file"):
+            storage.retry(failing(pa.ArrowInvalid("not a Parquet file")), uri, pytest.fail)
+
+
+def test_googles_client_gives_up_in_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+    from_uri = SimpleNamespace(from_uri=lambda uri: (made.append(uri), ""))
+    monkeypatch.setattr(storage, "pafs", SimpleNamespace(FileSystem=from_uri))
+    for query in ("", "project_id=p", "retry_limit_seconds=60"):
+        storage._filesystem.__wrapped__("gs", "bucket", query)
+    assert made == [
+        f"gs://bucket?retry_limit_seconds={storage.GOOGLE_RETRY_S}",
+        f"gs://bucket?retry_limit_seconds={storage.GOOGLE_RETRY_S}&project_id=p",
+        "gs://bucket?retry_limit_seconds=60",
+    ]
+    assert storage.GOOGLE_RETRY_S <= 30
 
 
 @pytest.mark.parametrize(
