@@ -63,6 +63,11 @@ def image_environment(target: str) -> dict[str, str]:
     return env
 
 
+def image_folder(target: str) -> str:
+    """The WORKDIR of a target, in which its command and drivers of Ray begin."""
+    return re.findall(r"^WORKDIR (.*)$", stages()[target][1], re.MULTILINE)[-1]
+
+
 def health_check(target: str) -> list[str]:
     """The command of a target's HEALTHCHECK."""
     [command] = re.findall(r"^HEALTHCHECK .* CMD (\[.*\])$", stages()[target][1], re.MULTILINE)
@@ -112,7 +117,7 @@ def _ip(namespace: str, words: str) -> None:
 class Container:
     """A command that runs while the `with` block does, with these variables and writable folders and no others.
 
-    `known` are the names of other containers that it may have to find; they must be plugged in before it starts.
+    Other containers that it has to find by name must be plugged in before it starts.
     """
 
     def __init__(
@@ -125,8 +130,9 @@ class Container:
         writable: Sequence[str],
         files: Mapping[str, Path] | None = None,
         user: int = USER,
+        folder: str = "/home/ray",
     ):
-        self.name, self.user = name, user
+        self.name, self.user, self.folder = name, user, folder
         self.namespace = network.plug(name) if name not in network.names else f"cxr-{network.id}-{name}"
         self.address = network.names[name]
         programs = str(Path(sys.executable).parent)
@@ -150,7 +156,10 @@ class Container:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.process.kill()  # and with it the first process of its namespace, and so all of them
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for first in psutil.Process(self.process.pid).children():
+                first.kill()  # and with it all processes of its namespace; it has outlived --kill-child by changing its user
+        self.process.kill()
         self.process.wait()
         self.log.close()
         self.box.cleanup()
@@ -196,7 +205,8 @@ class Container:
     def _as_user(self, env: Mapping[str, str] | None = None) -> list[str]:
         rights = [f"--reuid={self.user}", f"--regid={self.user}", "--clear-groups", "--no-new-privs"]
         variables = [f"{name}={value}" for name, value in (self.env | dict(env or {})).items()]
-        return ["setpriv", *rights, "--bounding-set=-all", "--inh-caps=-all", "env", "-i", *variables]
+        inside = ["env", "-i", f"--chdir={self.folder}", *variables]
+        return ["setpriv", *rights, "--bounding-set=-all", "--inh-caps=-all", *inside]
 
     def _script(self) -> str:
         hosts = "\n".join(

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.containers import Container, Network, health_check, image_environment, needed
+from tests.containers import Container, Network, health_check, image_environment, image_folder, needed
 from tests.manifests import ROOT
 from tests.submitting import COMMIT, TRAIN
 
@@ -56,14 +56,15 @@ def container(network: Network, name: str, service: dict[str, Any]) -> tuple[Con
         assert spec.origin is not None
         env = {"PATH": f"{Path(spec.origin).parent / 'pginstall' / 'bin'}:/usr/bin:/bin"}
         command, well = ["bash", "-euc", POSTGRES], service["healthcheck"]["test"][1:]
+        folder = "/"
     else:
         target = service["build"]["target"]
-        env, well = image_environment(target), health_check(target)
+        env, well, folder = image_environment(target), health_check(target), image_folder(target)
         command = service.get("command", ["sh", "/app/infra/s3.sh"])
     env |= service["environment"]
     files = {"/app/infra/s3.sh": ROOT / "infra" / "s3.sh"}
     user = 999 if name == "postgres" else 1000
-    return Container(network, name, command, env=env, writable=folders, files=files, user=user), well
+    return Container(network, name, command, env=env, writable=folders, files=files, user=user, folder=folder), well
 
 
 def submit(head: Container, command: str) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.containers import Container, Network, health_check, image_environment, needed
+from tests.containers import Container, Network, health_check, image_environment, image_folder, needed
 from tests.manifests import Manifest, built, containers, ray_cluster, templates
 
 TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "5d" * 32}
@@ -22,7 +22,15 @@ def from_template(
     own = {entry["name"]: entry["value"] for entry in container.get("env", [])}
     folders = [mount["mountPath"] for mount in container["volumeMounts"]]
     user = template["spec"]["securityContext"]["runAsUser"]
-    return Container(network, name, command, env=image_environment("cpu") | own | env, writable=folders, user=user)
+    return Container(
+        network,
+        name,
+        command,
+        env=image_environment("cpu") | own | env,
+        writable=folders,
+        user=user,
+        folder=image_folder("cpu"),
+    )
 
 
 def start_command(group: Manifest, **more: str) -> list[str]:

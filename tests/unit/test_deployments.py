@@ -19,6 +19,8 @@ from packaging.requirements import Requirement
 
 from infra.local import parts
 from infra.local.stack import DEFAULT_PORTS
+from tests.containers import image_folder
+from tests.containers import stages as dockerfile_stages
 from tests.manifests import ROOT, built, containers, ray_cluster, templates, the
 
 COMPOSE = ROOT / "infra" / "compose.yaml"
@@ -337,16 +339,11 @@ def test_compose_starts_each_service_after_what_it_needs(compose: dict[str, Any]
 
 
 def stages() -> dict[str, list[str]]:
-    """Instructions of each stage, continued lines joined."""
-    found: dict[str, list[str]] = {}
-    text = re.sub(r"^#.*\n", "", DOCKERFILE.read_text(), flags=re.MULTILINE).replace("\\\n", " ")
-    for line in filter(None, map(str.strip, text.splitlines())):
-        begin = re.fullmatch(r"FROM (\S+) AS (\S+)", line)
-        if begin:
-            found[begin[2]] = [line]
-        elif found:
-            found[begin[2] if begin else list(found)[-1]].append(line)
-    return found
+    """Instructions of each stage, FROM first."""
+    return {
+        name: [f"FROM {base} AS {name}", *filter(None, map(str.strip, body.splitlines()))]
+        for name, (base, body) in dockerfile_stages().items()
+    }
 
 
 def stage_lines(stage: str, instruction: str) -> list[str]:
@@ -388,6 +385,21 @@ def test_every_image_is_its_own_users_and_says_whether_it_is_well(compose: dict[
         assert json.loads(begins)
         order = [line.split()[0] for line in stages()[target]]
         assert "RUN" not in order[order.index("USER") :]
+
+
+def test_a_container_begins_in_a_folder_that_it_may_write_to(compose: dict[str, Any]) -> None:
+    """A driver of Ray keeps its journal there; the root is read-only."""
+    for name, service in compose["services"].items():
+        if "build" in service:
+            words = [
+                part for one in [*service.get("volumes", []), *service.get("tmpfs", [])] for part in one.split(":")
+            ]
+            assert image_folder(service["build"]["target"]) in words, name
+    for who, template in templates(built("dev")):
+        [container] = containers(template)
+        target = {"mlflow": "mlflow", "s3": "s3"}.get(who, "gpu" if who.startswith("gpu") else "cpu")
+        if who != "postgres":
+            assert image_folder(target) in {mount["mountPath"] for mount in container["volumeMounts"]}, who
 
 
 def test_cpu_and_gpu_images_differ_in_their_libraries_alone() -> None:
