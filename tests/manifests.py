@@ -14,7 +14,9 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 OVERLAYS = ROOT / "infra" / "kubernetes" / "overlays"
-CRDS = Path(os.environ.get("CXR_CRDS", ROOT / "infra" / "kubernetes" / "crds"))
+FETCHED, BESIDE = ROOT / "infra" / "kubernetes" / "crds", ROOT.parent / "shared" / "reference" / "crds"
+CRDS = Path(os.environ.get("CXR_CRDS", BESIDE if BESIDE.is_dir() and not FETCHED.is_dir() else FETCHED))
+"""KubeRay's definitions: as infra/kubernetes/fetch_crds.py fetches them, or beside the checkout, as real data is."""
 KINDS = {"RayCluster": "ray.io_rayclusters.yaml", "RayJob": "ray.io_rayjobs.yaml"}
 
 Manifest = dict[str, Any]

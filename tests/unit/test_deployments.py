@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
+from cxr_dist.cli import parse
 from infra.local import parts
 from infra.local.stack import DEFAULT_PORTS
 from tests.containers import stages
@@ -317,6 +318,13 @@ def test_compose_is_hardened_and_holds_no_secret(compose: dict[str, Any]) -> Non
     [names] = re.findall(r"for name in ([A-Z0-9_ ]+); do", said)
     assert {f"CXR_{name}" for name in names.split()} == set(re.findall(r"\$\{(CXR_\w+):\?", said))
     assert "/infra/.env" in (ROOT / ".gitignore").read_text().splitlines()
+
+
+def test_the_job_at_the_head_of_compose_is_one_that_can_be_submitted() -> None:
+    text = COMPOSE.read_text().replace("\\\n#", " ")
+    [flags] = re.findall(r"python jobs/train.py (.*)", text)
+    config, _ = parse("train", argv=[str(ROOT / word) if word.endswith(".yaml") else word for word in flags.split()])
+    assert (config.data.uri, config.tracking.uri) == ("s3://cxr/nih8-224", f"http://mlflow:{PORTS['mlflow']}")
 
 
 def test_compose_starts_each_service_after_what_it_needs(compose: dict[str, Any]) -> None:

@@ -139,6 +139,9 @@ def test_a_runs_command_is_one_that_the_job_takes(name: str) -> None:
     assert config.run.name == job["metadata"]["name"]
     assert config.tracking.uri == "http://mlflow:5000"
     assert config.train.wait_for_nodes_s > 900  # the time after which Ray looks for nodes in another group
+    if name == "prod-train":  # what docs/security.md's policy lets it read and write
+        assert config.data.uri.startswith("s3://BUCKET/dataset/")
+        assert config.train.storage_path == "s3://BUCKET/runs"
     groups = job["spec"]["rayClusterSpec"]["workerGroupSpecs"]
     assert config.train.workers[0] <= sum(group["maxReplicas"] for group in groups if "gpu" in group["groupName"])
 
@@ -220,6 +223,21 @@ def test_secrets_are_named_and_none_is_here(overlay: list[Manifest]) -> None:
         assert options["mode"] == "token"
         named.setdefault(options["secretName"], {"auth_token"})
     assert all(keys <= SECRETS[name] for name, keys in named.items())
+
+
+def test_the_page_makes_the_secrets_that_pods_name_and_uses_overlays_that_are_there() -> None:
+    text = (ROOT / "docs" / "kubernetes.md").read_text().replace("\\\n", " ")
+    made = {
+        name: set(re.findall(r"--from-literal=(\w+)=", rest))
+        for name, rest in re.findall(r"create secret generic (\S+)(.*)", text)
+    }
+    assert made == SECRETS
+    applied = set(re.findall(r"kubectl apply -k (\S+)", text))
+    assert applied == {"infra/kubernetes/overlays/dev", "infra/kubernetes/overlays/dev-train"}
+    job = the(built("dev-train"), "RayJob")["metadata"]
+    assert f"kubectl --namespace {job['namespace']} get rayjob {job['name']} --watch" in text
+    services = {one["metadata"]["name"] for one in built("dev") if one["kind"] == "Service"} | {"cxr-head-svc"}
+    assert set(re.findall(r"port-forward service/(\S+)", text)) <= services
 
 
 @pytest.mark.parametrize("name", SERVICES)
