@@ -272,7 +272,12 @@ RAYS = {"head": {"ray.io/node-type": "head"}, "gpu-spot": {"ray.io/node-type": "
 
 @pytest.mark.parametrize("name", SERVICES)
 def test_who_may_speak_to_whom(name: str) -> None:
-    """The policies as a table: everything is closed, and these are the doors."""
+    """The policies as a table: everything is closed, and these are the doors; none leads out of the cluster."""
+    assert not [one for one in built(name) if one["kind"] in ("Ingress", "Gateway")]
+    assert {one["spec"].get("type", "ClusterIP") for one in built(name) if one["kind"] == "Service"} == {"ClusterIP"}
+    assert ray_cluster(built(name))["headGroupSpec"].keys() == {"rayStartParams", "template"} | (
+        {"labels"} if name == "prod" else set()
+    )  # no serviceType, no enableIngress
     doors = {}
     for one in built(name):
         if one["kind"] == "NetworkPolicy":
