@@ -72,7 +72,8 @@ class Spending:
         self._thread = threading.Thread(target=self._watch, name="cost", daemon=True)
         self._earlier: dict[int, list[NodeTime]] = {}
         self._unread = 0
-        self._folder, self._number, self._saved = "", 0, 0.0
+        self._folder, self._number, self._saved = "", 0, float("-inf")
+        self._is_ours: Callable[[], bool] = lambda: True
 
     def __enter__(self) -> Self:
         self.look()
@@ -84,9 +85,12 @@ class Spending:
         self._thread.join(self._look_s)
 
     @contextmanager
-    def kept(self, folder: str, number: int) -> Iterator[None]:
-        """While the block runs, keep the time in the job's folder, as that of attempt `number`; count earlier ones' with it."""
-        self._folder, self._number = folder, number
+    def kept(self, folder: str, number: int, is_ours: Callable[[], bool] = lambda: True) -> Iterator[None]:
+        """While the block runs, keep the time in the job's folder, as that of attempt `number`; count earlier ones' with it.
+
+        Once `is_ours` is false, a later attempt counts the same nodes, and no more is written.
+        """
+        self._folder, self._number, self._is_ours = folder, number, is_ours
         try:
             self._earlier, self._unread = attempts_in(folder, but=number)
         except (InputError, OSError) as error:
@@ -133,9 +137,9 @@ class Spending:
 
     def save(self) -> None:
         """Write the time of this attempt, if it has a folder and the storage takes it."""
-        if not self._folder:
-            return
         self._saved = self._clock()
+        if not self._folder or not self._is_ours():
+            return
         times = [{"node_id": one.node_id, **vars(one.kind), "seconds": round(one.seconds, 3)} for one in self.times()]
         try:
             where = storage.join(self._folder, FOLDER, f"{self._number:06d}.json")

@@ -87,7 +87,7 @@ def sweep(config: Config, space: Space, cut: Cut, *, parallel: int, job: Path) -
     with (
         Spending(config.cost) as spending,
         Lease.take(folder, owner=user()) as lease,
-        spending.kept(folder, lease.number),
+        spending.kept(folder, lease.number, lease.held),
     ):
         record = Record.open(config, space, manifest.hash)
         with open_run(

@@ -68,7 +68,7 @@ def train(config: Config) -> dict[str, Any]:
         Identity.claim(job, resume=config.run.resume)  # a run that cannot be gone on with is not taken over either
         with (
             Lease.take(job.folder, owner=user()) as lease,
-            spending.kept(job.folder, lease.number),
+            spending.kept(job.folder, lease.number, lease.held),
             recorded_outcome(job.folder, lease),
         ):
             return train_as_owner(dataclasses.replace(job, owner=lease.number), manifest, lease, spending)

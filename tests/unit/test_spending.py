@@ -117,6 +117,19 @@ def test_a_driver_that_is_killed_loses_what_it_had_not_written(tmp_path: Path) -
     one._over.set()
 
 
+def test_an_attempt_that_was_taken_over_counts_no_further(tmp_path: Path) -> None:
+    """It was only asleep: its successor counts the same nodes."""
+    cluster, ours = Cluster(), [True]
+    with spending(cluster) as one, one.kept(str(tmp_path), 1, lambda: ours[0]):
+        cluster.now = 10
+        one.look()
+        one.save()
+        ours[0] = False
+        cluster.now = 500
+    [left] = attempts_in(str(tmp_path))[0][1]
+    assert left.seconds == 10
+
+
 def test_what_an_attempt_left_is_read_as_it_was_written(tmp_path: Path) -> None:
     cluster = Cluster()
     cluster.nodes = {"a": {**GPU, "ray.io/availability-region": "us-east-1"}}
