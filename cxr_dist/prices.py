@@ -106,7 +106,7 @@ class Prices:
 
     def _near(self, kind: Kind) -> str:
         known = sorted({row.instance for row in self.rows})
-        near = difflib.get_close_matches(kind.instance or "", known, n=1)
+        near = difflib.get_close_matches(kind.instance or "", known, n=1, cutoff=0.8)
         return f" (did you mean {near[0]}?)" if near and kind.instance not in known else ""
 
 
