@@ -372,7 +372,7 @@ class CostConfig:
     prices: str = ""
     """URI of a table of prices (TOML, as infra/prices.toml, US dollars an hour); empty: that one, which travels with the code."""
     region: str = ""
-    """Region whose prices hold; empty: what the nodes say (label ray.io/availability-region), or the table's only one."""
+    """Region whose prices hold; empty: what the nodes say (labels cxr-region, ray.io/availability-region), or the table's only one."""
 
     def __post_init__(self) -> None:
         _require_plain("cost", self)

@@ -12,7 +12,7 @@ from cxr_dist.prices import MARKETS, Kind, Price, Prices
 
 __all__ = ["Charge", "Cost", "NodeTime", "bill", "kind_of", "metrics", "money", "sentence"]
 
-INSTANCE, MARKET = "cxr-instance", "cxr-market"
+INSTANCE, MARKET, REGION = "cxr-instance", "cxr-market", "cxr-region"
 """Labels that the cluster files give their nodes."""
 RAYS_MARKET, RAYS_REGION = "ray.io/market-type", "ray.io/availability-region"
 """Ray's own, which some providers set."""
@@ -24,7 +24,7 @@ def kind_of(labels: Mapping[str, str], region: str = "") -> Kind:
     return Kind(
         instance=labels.get(INSTANCE) or None,
         market=market if market in MARKETS else None,
-        region=region or labels.get(RAYS_REGION) or None,
+        region=region or labels.get(REGION) or labels.get(RAYS_REGION) or None,
     )
 
 
@@ -54,6 +54,11 @@ class Charge:
     def amount(self) -> float | None:
         """US dollars."""
         return None if self.price is None else self.hours * self.price.usd_per_hour
+
+    @property
+    def bound(self) -> float | None:
+        """US dollars at most."""
+        return None if self.at_most is None else self.hours * self.at_most.usd_per_hour
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +97,7 @@ class Cost:
     @property
     def at_most(self) -> float | None:
         """What it cost at most, US dollars; None unless every hour is bounded."""
-        bounds = [charge.at_most and charge.hours * charge.at_most.usd_per_hour for charge in self.charges]
+        bounds = [charge.bound for charge in self.charges]
         return sum(bound for bound in bounds if bound is not None) if bounds and None not in bounds else None
 
     @property

@@ -17,17 +17,27 @@ from cxr_dist.config import Config
 from cxr_dist.cost import Cost
 from cxr_dist.data.features import ITEM_BYTES
 from cxr_dist.data.manifest import Manifest
-from cxr_dist.data.stream import BLOCKS_PER_ACTOR, BLOCKS_PER_RANK, LEAST_STORE_BYTES
 from cxr_dist.errors import ConfigError
 from cxr_dist.measured import MeasuredNode, Measurements, of_ray, read_measurements
 from cxr_dist.prices import read_prices
 from cxr_dist.train import shown
-from cxr_dist.train.estimate import Cluster, cluster_of, epoch_bytes, left, read_bytes, seen, times
+from cxr_dist.train.estimate import (
+    Cluster,
+    cluster_of,
+    epoch_bytes,
+    left,
+    lengths,
+    memory,
+    read_bytes,
+    seen,
+    times,
+    written,
+)
 from cxr_dist.train.footprint import Footprint, footprint
 from cxr_dist.train.identity import Identity
 from cxr_dist.train.job import TrainJob, training_views
 from cxr_dist.train.plan_text import text
-from cxr_dist.train.prepare import DEV_RUN_STEPS, bundles, make_job, with_defaults
+from cxr_dist.train.prepare import DEV_RUN_STEPS, bundles, calibration_groups, make_job, with_defaults
 from cxr_dist.train.survey import Decision, Rates, Work, decide, settled
 
 __all__ = ["dry_run"]
@@ -61,7 +71,7 @@ def dry_run(config: Config, *, doctor: str = "") -> dict[str, Any]:
         notes.append(f"{found.missing}: its price, its CPUs and its times are not known")
     plan = facts(job, manifest, size, start, goes_on=identity.run_id is not None)
     plan |= {
-        "read": reads(job, manifest, start),
+        "read": reads(job, manifest, start, goes_on=plan["goes_on"]),
         "memory": memory(job, size, workers),
         "written": written(job, size, start),
     }
@@ -139,52 +149,26 @@ def facts(job: TrainJob, manifest: Manifest, size: Footprint, start: int, *, goe
     }
 
 
-def reads(job: TrainJob, manifest: Manifest, start: int) -> dict[str, Any]:
+def reads(job: TrainJob, manifest: Manifest, start: int, *, goes_on: bool) -> dict[str, Any]:
     """Bytes of images that are read from storage, by the manifest; side tables and weights are not in it."""
     train, validation = epoch_bytes(job, 0)
     test = 0
     if job.config.evaluate.test:
-        lengths = manifest.row_groups("test")["bytes"].to_numpy()
+        of_test = manifest.row_groups("test")["bytes"].to_numpy()
         if job.config.train.fast_dev_run:
             limit = DEV_RUN_STEPS * job.plan.global_batch
-            lengths = lengths[: math.ceil(min(limit, manifest.splits["test"].num_rows) / manifest.row_group)]
-        test = int(lengths.sum())
+            of_test = of_test[: math.ceil(min(limit, manifest.splits["test"].num_rows) / manifest.row_group)]
+        test = int(of_test.sum())
     return {
         "encoding": job.encoding,
+        # random weights are calibrated on the first images, once
+        "calibration_bytes": 0
+        if goes_on or job.config.model.weights != "random"
+        else int(lengths(job.train)[calibration_groups(job)].sum()),
         "first_epoch_bytes": train + validation,
         "all_epochs_bytes": read_bytes(job, start),
         "test_bytes": test,
         "node_cache": bool(job.config.data.cache_dir),
-    }
-
-
-def memory(job: TrainJob, size: Footprint, workers: int) -> dict[str, Any]:
-    """Bytes that a worker holds in tensors, and what the stream and kept features take of the nodes' object stores."""
-    spec = job.stream_spec(workers, 0)
-    decoders = job.config.data.decode_workers or 1
-    each, ranks = BLOCKS_PER_ACTOR * spec.block_bytes, BLOCKS_PER_RANK * spec.block_bytes * workers
-    return {
-        "of": "GPU" if job.use_gpu else "host",
-        "weights_bytes": size.weights_bytes,
-        "step_bytes": size.step_peak_bytes,
-        "prefix_call_bytes": size.prefix_peak_bytes,
-        "peak_bytes": size.peak_bytes,
-        "object_store_bytes": max(LEAST_STORE_BYTES, ranks + each * decoders),
-        "object_store_bytes_per_more_decoder": each,
-    }
-
-
-def written(job: TrainJob, size: Footprint, start: int) -> dict[str, Any]:
-    """Checkpoints: how large, how many, how many are kept."""
-    todo, every = left(job.plan, start), job.config.train.checkpoint_every_steps
-    done = job.plan.epochs * job.plan.train_steps - todo.train
-    within = ((done + todo.train) // every - done // every) if every else 0
-    return {
-        "checkpoint_bytes": size.checkpoint_bytes,
-        "at_epoch_ends": todo.epochs,
-        "within_epochs": within,
-        "kept": 2 + job.config.train.keep_checkpoints,
-        "uploaded_bytes": size.checkpoint_bytes * (todo.epochs + within),
     }
 
 

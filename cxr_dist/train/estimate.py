@@ -16,13 +16,28 @@ import numpy as np
 from cxr_dist.config import Config
 from cxr_dist.cost import NodeTime, bill
 from cxr_dist.data.plan import Plan
+from cxr_dist.data.stream import BLOCKS_PER_ACTOR, BLOCKS_PER_RANK, LEAST_STORE_BYTES
 from cxr_dist.measured import MeasuredNode, Measurements
 from cxr_dist.prices import Kind, Prices
 from cxr_dist.train.footprint import Footprint
 from cxr_dist.train.job import TrainJob
 from cxr_dist.train.survey import START_S
 
-__all__ = ["Cluster", "Left", "Span", "cluster_of", "epoch_bytes", "left", "read_bytes", "seen", "split_bytes", "times"]
+__all__ = [
+    "Cluster",
+    "Left",
+    "Span",
+    "cluster_of",
+    "epoch_bytes",
+    "left",
+    "lengths",
+    "memory",
+    "read_bytes",
+    "seen",
+    "split_bytes",
+    "times",
+    "written",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,13 +68,13 @@ def left(plan: Plan, start: int) -> Left:
 def epoch_bytes(job: TrainJob, epoch: int) -> tuple[int, int]:
     """Bytes of row groups that the training and the validation steps of an epoch read."""
     plan = job.plan
-    full = _lengths(job.train)[: plan.train.num_full_groups]
+    full = lengths(job.train)[: plan.train.num_full_groups]
     if plan.max_steps is None:
         train = int(full.sum()) - int(full[plan.epoch_groups(epoch, plan.train_steps)].sum())
     else:
         train = int(full[plan.epoch_groups(epoch, 0, plan.train_steps)].sum())
     validated = min(plan.validation.num_groups, plan.validation_steps * plan.groups_per_step)
-    return train, int(_lengths(job.validation)[:validated].sum())
+    return train, int(lengths(job.validation)[:validated].sum())
 
 
 def read_bytes(job: TrainJob, start: int) -> int:
@@ -71,20 +86,51 @@ def read_bytes(job: TrainJob, start: int) -> int:
         train, validation = epoch_bytes(job, epoch)
         if epoch == first and offset:
             done = min(offset, plan.train_steps)
-            train = int(_lengths(job.train)[plan.epoch_groups(epoch, done, plan.train_steps)].sum())
+            train = int(lengths(job.train)[plan.epoch_groups(epoch, done, plan.train_steps)].sum())
             groups = max(0, offset - plan.train_steps) * plan.groups_per_step
-            validation -= int(_lengths(job.validation)[:groups].sum())
+            validation -= int(lengths(job.validation)[:groups].sum())
         total += train + validation
     return total
 
 
 def split_bytes(reader: Any) -> int:
     """Bytes of all row groups of a split."""
-    return int(_lengths(reader).sum())
+    return int(lengths(reader).sum())
 
 
-def _lengths(reader: Any) -> "np.ndarray[Any, np.dtype[np.int64]]":
+def lengths(reader: Any) -> "np.ndarray[Any, np.dtype[np.int64]]":
+    """Bytes of each row group of a split."""
     return reader.ranges.length
+
+
+def memory(job: TrainJob, size: Footprint, workers: int) -> dict[str, Any]:
+    """Bytes that a worker holds in tensors, and what the stream and kept features take of the nodes' object stores."""
+    spec = job.stream_spec(workers, 0)
+    decoders = job.config.data.decode_workers or 1
+    each, ranks = BLOCKS_PER_ACTOR * spec.block_bytes, BLOCKS_PER_RANK * spec.block_bytes * workers
+    return {
+        "of": "GPU" if job.use_gpu else "host",
+        "weights_bytes": size.weights_bytes,
+        "step_bytes": size.step_peak_bytes,
+        "prefix_call_bytes": size.prefix_peak_bytes,
+        "peak_bytes": size.peak_bytes,
+        "object_store_bytes": max(LEAST_STORE_BYTES, ranks + each * decoders),
+        "object_store_bytes_per_more_decoder": each,
+    }
+
+
+def written(job: TrainJob, size: Footprint, start: int) -> dict[str, Any]:
+    """Checkpoints: how large, how many, how many are kept."""
+    todo, every = left(job.plan, start), job.config.train.checkpoint_every_steps
+    done = job.plan.epochs * job.plan.train_steps - todo.train
+    within = ((done + todo.train) // every - done // every) if every else 0
+    return {
+        "checkpoint_bytes": size.checkpoint_bytes,
+        "at_epoch_ends": todo.epochs,
+        "within_epochs": within,
+        "kept": 2 + job.config.train.keep_checkpoints,
+        "uploaded_bytes": size.checkpoint_bytes * (todo.epochs + within),
+    }
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,7 @@
 """How large a run's network is: parameters, checkpoints, and the tensors that a step holds, without computing anything.
 
-The network is built and run on torch's `meta` device, where tensors have shapes and no values; what is alive at the same time
-is counted as it would be made. Weights, gradients, optimizer state and checkpoints are exact. The peak of a step is that of
+The network is run on torch's fake tensors, which have shapes and no values; what is alive at the same time is counted as it would
+be made, the frozen prefix layer by layer. Weights, gradients, optimizer state and checkpoints are exact. The peak of a step is that of
 the tensors alone: what cuDNN, a communicator and the allocator take beside them is not in it, and 16-bit arithmetic is counted
 as half of what fp32 takes.
 """
@@ -70,7 +70,7 @@ def footprint(config: Config, *, num_findings: int, size: int, share: int, use_g
         images = torch.empty(chunk, 3, size, size)
         with torch.no_grad():
             prefix_peak, features = _peak(lambda: prefix(images) if len(prefix.features) else images)
-        batch = torch.empty(micro, *features.shape[1:])
+        batch = torch.empty(micro, *features.shape[1:]).contiguous(memory_format=torch.channels_last)
         step_peak, _ = _peak(lambda: tail(batch).sum().backward())
     gradients = _bytes(trained)
     wide = 2 if config.train.precision == "fp64" else 1

@@ -109,6 +109,11 @@ def test_a_free_machine_has_no_images_per_dollar() -> None:
         ),
         ({"cxr-instance": "", "cxr-market": "SPOT"}, "", Kind(instance=None, market=None)),
         ({"ray.io/availability-region": "east"}, "", Kind(instance=None, market=None, region="east")),
+        (
+            {"cxr-region": "south", "ray.io/availability-region": "east"},
+            "",
+            Kind(instance=None, market=None, region="south"),
+        ),
         ({"ray.io/availability-region": "east"}, "west", Kind(instance=None, market=None, region="west")),
     ],
 )
