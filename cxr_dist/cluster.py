@@ -19,7 +19,7 @@ from cxr_dist import environment, storage
 from cxr_dist.errors import ConfigError, InputError
 from cxr_dist.placement import not_on_spot
 
-__all__ = ["check_visible", "connect", "free_cpus", "wait_for_room"]
+__all__ = ["check_visible", "connect", "free_cpus", "join", "wait_for_room"]
 
 log = logging.getLogger(__name__)
 
@@ -33,30 +33,41 @@ def connect(num_cpus_needed: float = 0) -> None:
     a core is slow, a stream without a CPU stands still. No other machine reaches it. RAY_ADDRESS=local always starts one
     of its own. Does nothing where Ray is already up.
     """
-    environment.apply()
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
-    warnings.simplefilter("ignore", RayDeprecationWarning)
-    if ray.is_initialized():
+    if join():
         return
-    # only what is set here travels; the cluster's own credentials stay its own
-    options: dict[str, Any] = {"logging_level": logging.WARNING, "runtime_env": {"env_vars": environment.SETTINGS}}
-    address = os.environ.get("RAY_ADDRESS", "auto")
-    if address != "local":
-        try:
-            ray.init(address=address, **options)
-        except ConnectionError as error:
-            if address != "auto":
-                raise InputError(
-                    f"RAY_ADDRESS: no Ray cluster answers at {address} ({error}); start it, or set RAY_ADDRESS=local"
-                ) from None
-        else:
-            return
     _stay_on_loopback()
     cores = os.cpu_count() or 1
     num_cpus = max(cores, math.ceil(num_cpus_needed))
     log.info("starting a local Ray with %d logical CPUs on %d cores", num_cpus, cores)
     # with the dashboard, for Ray Train watches its own controller through it
-    ray.init(address="local", num_cpus=num_cpus, include_dashboard=True, **options)
+    ray.init(address="local", num_cpus=num_cpus, include_dashboard=True, **_options())
+
+
+def join() -> bool:
+    """Join the cluster of RAY_ADDRESS, of `ray job submit`, or that runs on this machine; whether there is one. None is started.
+    Does nothing where Ray is already up. InputError if none answers at RAY_ADDRESS."""
+    environment.apply()
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    warnings.simplefilter("ignore", RayDeprecationWarning)
+    if ray.is_initialized():
+        return True
+    address = os.environ.get("RAY_ADDRESS", "auto")
+    if address == "local":
+        return False
+    try:
+        ray.init(address=address, **_options())
+    except ConnectionError as error:
+        if address != "auto":
+            raise InputError(
+                f"RAY_ADDRESS: no Ray cluster answers at {address} ({error}); start it, or set RAY_ADDRESS=local"
+            ) from None
+        return False
+    return True
+
+
+def _options() -> dict[str, Any]:
+    """Of ray.init. Only what is set here travels; the cluster's own credentials stay its own."""
+    return {"logging_level": logging.WARNING, "runtime_env": {"env_vars": environment.SETTINGS}}
 
 
 def _stay_on_loopback() -> None:

@@ -15,6 +15,7 @@ from cxr_dist.errors import ConfigError
 
 __all__ = [
     "Config",
+    "CostConfig",
     "DataConfig",
     "EvaluateConfig",
     "ModelConfig",
@@ -366,6 +367,19 @@ class TrackingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CostConfig:
+    """What the cluster's nodes cost, for the account of what a job cost."""
+
+    prices: str = ""
+    """URI of a table of prices (TOML, as infra/prices.toml, US dollars an hour); empty: that one, which travels with the code."""
+    region: str = ""
+    """Region whose prices hold; empty: what the nodes say (labels cxr-region, ray.io/availability-region), or the table's only one."""
+
+    def __post_init__(self) -> None:
+        _require_plain("cost", self)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config:
     """A whole run."""
 
@@ -376,6 +390,7 @@ class Config:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     run: RunConfig = field(default_factory=RunConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    cost: CostConfig = field(default_factory=CostConfig)
 
 
 def flatten(config: Config) -> dict[str, object]:

@@ -22,6 +22,7 @@ from cxr_dist.data.manifest import MANIFEST, Manifest
 from cxr_dist.errors import ConfigError, DataError, InputError
 from cxr_dist.evaluate.second_labels import read_second_labels
 from cxr_dist.experiment import absolute_uri, no_answer
+from cxr_dist.prices import read_prices
 from cxr_dist.scrub import refuse_secrets, scrub
 
 __all__ = [
@@ -47,20 +48,23 @@ DEADLINE_S = 20.0
 """Longest wait for a tracking server to look up the experiment, or a database to log in, seconds."""
 
 
-def run(config: Config) -> Manifest:
+def run(config: Config, *, writing: bool = True) -> Manifest:
     """Every check that needs no cluster, cheapest first; gives the dataset's manifest. Raises InputError.
 
-    `check_resources` is the one that is left, once Ray is there to ask.
+    `check_resources` is the one that is left, once Ray is there to ask. Without `writing` nothing is written, and so
+    not tried whether it can be.
     """
     check_secrets(config)
     check_weights(config)
+    read_prices(config.cost)
     manifest = check_dataset(config)
     check_positives(manifest, config)
     check_second_labels(config)
     check_boxes(config, manifest)
     world_sizes(config, manifest.row_group)
     check_tracking(config)
-    check_storage(config)
+    if writing:
+        check_storage(config)
     return manifest
 
 

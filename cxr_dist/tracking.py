@@ -93,6 +93,8 @@ class TrackedRun:
         """Whether SIGTERM has come. The SystemExit that it raises may reach others with another code (out of `ray.get`)."""
         self._old_sigterm: Any = None
         self._opened = False
+        self.at_end: Callable[[], object] = lambda: None
+        """Called when the run ends, whichever way: the last that it logs."""
         self.held = False
         """Whether the server has the run open; else everything waits for another day."""
         self._closed = False
@@ -202,6 +204,10 @@ class TrackedRun:
         # after a kill the status first: there may be no time for anything else
         if status == "KILLED":
             self._set_status(status)
+        try:
+            self.at_end()
+        except Exception as error:  # noqa: BLE001 - the status comes before what is said beside it
+            self._miss("what is logged at the end", error)
         if self._journal is not None and unsent.close(self._journal, self._folder, longest_s / 2):
             self.missed.append(f"metrics in {self._journal.path}")
         if status != "KILLED":

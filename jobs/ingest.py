@@ -7,6 +7,7 @@ from typing import Any
 from cxr_dist.cli import run_job
 from cxr_dist.config import Config
 from cxr_dist.data.ingest import ingest, labels_only
+from cxr_dist.spending import metered
 
 
 def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
@@ -14,7 +15,10 @@ def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
         return labels_only(config)
     if args.in_place:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, in_place=True))
-    return ingest(config)
+    with metered(config.cost) as cost:
+        result = ingest(config)
+        images = sum(split["images"] for split in result["splits"].values())
+        return result | {"cost": cost(None if result["unchanged"] else images)}
 
 
 def flags(parser: argparse.ArgumentParser) -> None:

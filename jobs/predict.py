@@ -48,17 +48,20 @@ def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
         if number < 0:
             raise ConfigError(f"{flag}: found {number}, expected 0 or more")
     from cxr_dist.predict.run import predict  # Ray and torch take seconds to import; --help should not
+    from cxr_dist.spending import metered
 
-    result = predict(
-        config,
-        model=args.model_uri,
-        images=args.images,
-        out=args.out,
-        split=args.split,
-        thresholds=args.thresholds,
-        part_images=args.part_images,
-        num_scorers=args.scorers,
-    )
+    with metered(config.cost) as cost:
+        result = predict(
+            config,
+            model=args.model_uri,
+            images=args.images,
+            out=args.out,
+            split=args.split,
+            thresholds=args.thresholds,
+            part_images=args.part_images,
+            num_scorers=args.scorers,
+        )
+        result["cost"] = cost(result["scored"])
     parts = result["parts"]
     print(f"model: {result['model']['version']}; thresholds: {result['thresholds']['source']}")
     print(

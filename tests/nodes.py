@@ -7,6 +7,7 @@ import sys
 import sysconfig
 import tempfile
 import time
+from collections.abc import Mapping
 from typing import Self
 
 import psutil
@@ -42,10 +43,10 @@ machine's other address, and a folder of working directories that two nodes shar
 
 
 class Node:
-    """A node of the stack's cluster with so many logical CPUs, up while its `with` block runs."""
+    """A node of the stack's cluster with so many logical CPUs and these labels, up while its `with` block runs."""
 
-    def __init__(self, stack: Stack, num_cpus: int):
-        self.stack, self.num_cpus = stack, num_cpus
+    def __init__(self, stack: Stack, num_cpus: int, labels: Mapping[str, str] | None = None):
+        self.stack, self.num_cpus, self.labels = stack, num_cpus, labels or {}
 
     def __enter__(self) -> Self:
         command = [sys.executable, "-c", ON_LOOPBACK, "start", "--block", "--disable-usage-stats"]
@@ -55,6 +56,7 @@ class Node:
             "num-cpus": self.num_cpus,
             "min-worker-port": 0,
             "max-worker-port": 0,
+            **({"labels": ",".join(f"{key}={value}" for key, value in self.labels.items())} if self.labels else {}),
             **free_ports(PORTS),
         }
         command += [f"--{name}={value}" for name, value in options.items()]

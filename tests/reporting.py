@@ -1,13 +1,16 @@
 """Made-up evaluations and runs in the layouts that a report is made of: every value differs, so that a page can be searched for it."""
 
+import datetime
 import itertools
 from typing import Any
 
 import numpy as np
 
+from cxr_dist.cost import NodeTime, bill
 from cxr_dist.evaluate.bootstrap import measure
 from cxr_dist.evaluate.runrecord import RunRecord
 from cxr_dist.evaluate.scores import ScoreTable
+from cxr_dist.prices import Kind, Price, Prices
 
 RULES = {
     "youden": "Youden's J",
@@ -206,6 +209,22 @@ def _decision(scores: ScoreTable, k: int) -> dict[str, list[float]]:
     return {"thresholds": thresholds.tolist(), "model": model.tolist(), "all": everyone.tolist()}
 
 
+def made_up_cost(*, prices: bool = True) -> dict[str, Any]:
+    """An hour of a CPU node and two of GPU nodes, of which the second has no price without `prices`."""
+    day, source = datetime.date(2026, 11, 3), "an invented bill"
+    rows = [Price(instance="head.large", market="on-demand", usd_per_hour=0.19, date=day, source=source)]
+    if prices:
+        rows.append(Price(instance="gpu.xlarge", market="spot", usd_per_hour=0.4321, date=day, source=source))
+    gpu = Kind(instance="gpu.xlarge", market="spot")
+    times = [
+        NodeTime(node_id="head", kind=Kind(instance="head.large", market="on-demand"), seconds=3600.0),
+        NodeTime(node_id="a", kind=gpu, seconds=2400.0),
+        NodeTime(node_id="b", kind=gpu, seconds=4800.0),
+    ]
+    table = Prices(rows=tuple(rows), where="the table")
+    return bill(times, table, attempts=2, images=54_321, gpu_utilization=0.8765).to_json()
+
+
 def made_up_run(findings: tuple[str, ...], *, epochs: int = 6) -> RunRecord:
     """A run of 40 steps an epoch that went on with one rank instead of two in its third epoch."""
     rng = np.random.default_rng(1)
@@ -267,8 +286,8 @@ def made_up_run(findings: tuple[str, ...], *, epochs: int = 6) -> RunRecord:
             "samples_sha256": "5a" * 32,
             "weights_sha256": "c2" * 32,
         },
-        spent={"wall_s": 913.0, "training_s": 71.2, "rank_hours": 0.0316, "node_hours": 0.2511, "nodes": 1},
-        cost=None,
+        spent={"wall_s": 913.0, "training_s": 71.2, "rank_hours": 0.0316, "node_hours": 3.0, "nodes": 3},
+        cost=made_up_cost(),
         origin={
             "commit": "6098c2755aa1b2c3",
             "manifest_sha256": "d4" * 32,

@@ -162,6 +162,15 @@ class Plan:
         groups = np.where(groups < self.validation.num_groups, groups, EMPTY)
         return Step(index=index, kind="validation", epoch=epoch, number=number, groups=groups)
 
+    def epoch_groups(self, epoch: int, first: int = 0, last: int | None = None) -> Int64:
+        """Row groups of the train split that training steps `first` to `last` of an epoch read, in order.
+
+        From `train_steps` on: those that the epoch leaves out, for they fill no step.
+        """
+        end = self.train.num_full_groups if last is None else last * self.groups_per_step
+        places = np.arange(first * self.groups_per_step, end)
+        return permute(places, self.train.num_full_groups, self._epoch_keys(epoch))
+
     def split_of(self, step: Step) -> Split:
         return self.train if step.kind == "train" else self.validation
 

@@ -118,6 +118,7 @@ def _template() -> jinja2.Template:
         "percent": _percent,
         "prevalence": lambda d: _percent(_ratio(d["positives"], d["positives"] + d["negatives"])),
         "duration": _duration,
+        "money": lambda amount: f"{amount:,.2f}" if amount >= 1 else f"{amount:.3g}",
         "shift": _shift,
     }
     return environment.get_template("report.html.j2")

@@ -36,7 +36,8 @@ class RunRecord:
     spent: Mapping[str, Any]
     """wall_s, training_s, rank_hours, node_hours, nodes; None where it is not known."""
     cost: Mapping[str, Any] | None
-    """amount, currency, and price, in words: where the price is from. None: no price is known."""
+    """What it cost, as `cxr_dist.cost.Cost.to_json` gives it: amount (None where a price is not known), currency, price, in words:
+    where the price is from or why there is none, node-hours, and the charge of each kind of node. None: not counted."""
     origin: Mapping[str, Any]
     """commit, manifest_sha256, plan_sha256, dataset, device, versions, weights, and config as YAML."""
     audit: Mapping[str, Any] | None

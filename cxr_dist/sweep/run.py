@@ -22,8 +22,10 @@ from ray.tune.schedulers import ASHAScheduler
 from cxr_dist import cluster, preflight, storage
 from cxr_dist.capacity import wants_gpu
 from cxr_dist.config import Config
+from cxr_dist.cost import sentence
 from cxr_dist.data.manifest import Manifest
 from cxr_dist.errors import ConfigError, RunError
+from cxr_dist.spending import Spending
 from cxr_dist.sweep import table
 from cxr_dist.sweep.record import SWEPT, Record, sweep_folder
 from cxr_dist.sweep.recorder import Recorder
@@ -81,7 +83,12 @@ def sweep(config: Config, space: Space, cut: Cut, *, parallel: int, job: Path) -
     resources = ray.cluster_resources()
     preflight.check_resources(config, resources, ray.nodes())
     parallel, decode_workers = room(config, resources, parallel)
-    with Lease.take(sweep_folder(config.train.storage_path, config.run.name), owner=user()) as lease:
+    folder = sweep_folder(config.train.storage_path, config.run.name)
+    with (
+        Spending(config.cost) as spending,
+        Lease.take(folder, owner=user()) as lease,
+        spending.kept(folder, lease.number, lease.held),
+    ):
         record = Record.open(config, space, manifest.hash)
         with open_run(
             dataclasses.replace(config, tracking=dataclasses.replace(config.tracking, required=True)),
@@ -95,13 +102,17 @@ def sweep(config: Config, space: Space, cut: Cut, *, parallel: int, job: Path) -
             record.run_id = tracked.run_id
             record.save()
             tracked.send_kept()
+            tracked.at_end = lambda: spending.tell(tracked)
             try:
                 run_trials(config, record, cut, tracked, parallel=parallel, decode_workers=decode_workers, job=job)
             except (SystemExit, KeyboardInterrupt):
                 stop_trials(config, record, tracked)
                 raise
             lease.check()
-            return conclude(config, record, tracked)
+            result = conclude(config, record, tracked)
+            cost = spending.cost()
+            print(f"cost: {sentence(cost)}")
+            return result | {"cost": cost.to_json()}
 
 
 def room(config: Config, resources: Mapping[str, float], parallel: int) -> tuple[int, int]:

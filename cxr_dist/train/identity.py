@@ -47,8 +47,8 @@ FREE = {
 }
 """Keys that a resumed run may change: the machine, not the result."""
 
-FREE_SECTIONS = ("data.", "evaluate.")
-"""The dataset's identity is its manifest's hash; evaluation comes after training."""
+FREE_SECTIONS = ("data.", "evaluate.", "cost.")
+"""The dataset's identity is its manifest's hash; evaluation comes after training; prices change nothing."""
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from cxr_dist.model.augment import to_input
 from cxr_dist.train.checkpoint import run_folder
 from cxr_dist.train.job import TrainJob
 
-__all__ = ["DEV_RUN_STEPS", "bundles", "make_job", "prepare_weights", "with_defaults"]
+__all__ = ["DEV_RUN_STEPS", "bundles", "calibration_groups", "make_job", "prepare_weights", "with_defaults"]
 
 CALIBRATION_IMAGES = 64
 DECODE_RETRIES = 8
@@ -122,17 +122,22 @@ def calibration_images(job: TrainJob) -> npt.NDArray[np.uint8]:
     return ray.get(ray.remote(max_retries=DECODE_RETRIES)(decode_first).remote(job, token))
 
 
-def decode_first(job: TrainJob, token: str) -> npt.NDArray[np.uint8]:
-    """`calibration_images`, in this process; `token` is the same in every attempt."""
-    decoder = RowDecoder(
-        source=job.train, split=job.plan.train, size=job.size, encoding=job.encoding, findings=job.columns
-    )
+def calibration_groups(job: TrainJob) -> npt.NDArray[np.int64]:
+    """Row groups of the plan's first steps, that hold the images which random weights are calibrated on."""
     groups: list[int] = []
     while len(groups) * job.plan.train.row_group < CALIBRATION_IMAGES:
         step = job.plan.step(len(groups) // job.plan.groups_per_step)
         if step.kind != "train":
             break
         groups += step.groups.tolist()
+    return np.array(groups)
+
+
+def decode_first(job: TrainJob, token: str) -> npt.NDArray[np.uint8]:
+    """`calibration_images`, in this process; `token` is the same in every attempt."""
+    decoder = RowDecoder(
+        source=job.train, split=job.plan.train, size=job.size, encoding=job.encoding, findings=job.columns
+    )
     with Journal(token, 0) as journal:
-        rows = decoder.rows(np.array(groups), journal)
+        rows = decoder.rows(calibration_groups(job), journal)
     return fixed_rows(rows["image"], np.uint8).reshape(-1, job.size, job.size)[:CALIBRATION_IMAGES]

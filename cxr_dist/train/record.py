@@ -1,7 +1,7 @@
 """The record of a finished run, gathered from what it logged: MLflow's history, and what MLflow has not taken yet."""
 
-import itertools
 import logging
+import re
 from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from platform import python_version
@@ -15,19 +15,18 @@ from cxr_dist.data.manifest import Manifest
 from cxr_dist.evaluate.runrecord import FILE, RunRecord
 from cxr_dist.experiment import PENDING
 from cxr_dist.scrub import scrub
+from cxr_dist.spending import Spending
 from cxr_dist.train.job import TrainJob
 
-__all__ = ["Point", "kept_record", "run_record", "spent"]
+__all__ = ["Point", "gpu_utilization", "kept_record", "run_record", "spent"]
 
 log = logging.getLogger(__name__)
 
 KEPT = f"scores/{FILE}"
 """Where a run's folder keeps it."""
 _PREFIXES = ("train/", "val/")
-_NODE = "cpu_utilization_percentage"
-"""The system metric that tells when a node was there; every node has it."""
-_SAMPLE_S, _GAP_S = 10.0, 60.0
-"""Seconds between two samples of a node, and so many that the run was not going on between them."""
+_GPU = re.compile(r"system/.+/gpu_\d+_utilization_percentage")
+"""The system metric that tells how busy a GPU was; MLflow samples every one of every node."""
 _PACKAGES = ("torch", "ray", "mlflow", "numpy", "pyarrow")
 
 
@@ -41,9 +40,17 @@ class Point(NamedTuple):
 
 
 def run_record(
-    job: TrainJob, manifest: Manifest, trained: Mapping[str, Any], *, config: str, unreadable: int, now_s: float
+    job: TrainJob,
+    manifest: Manifest,
+    trained: Mapping[str, Any],
+    *,
+    config: str,
+    unreadable: int,
+    now_s: float,
+    spending: Spending,
 ) -> RunRecord:
-    """What the run of `job` was; `trained` is its result, `config` its YAML. Kept in the run's folder.
+    """What the run of `job` was; `trained` is its result, `config` its YAML. Kept in the run's folder. How busy the GPUs were is
+    told to `spending`.
 
     Never raises because of the tracking server: what it does not tell is missing, and the record says so.
     """
@@ -69,6 +76,8 @@ def run_record(
             value = line["metrics"][key]
             points.setdefault(key, {}).setdefault(line["step"], Point(line["step"], value, line["timestamp"] / 1000))
     series = {key: sorted(by_step.values()) for key, by_step in sorted(points.items())}
+    spending.gpu_utilization = gpu_utilization(series)
+    cost = spending.cost()
     record = RunRecord(
         name=job.config.run.name,
         run_id=None if job.run_id.startswith(PENDING) else job.run_id,
@@ -78,8 +87,13 @@ def run_record(
         },
         history_missing=missing,
         trained=dict(trained),
-        spent=spent(series) | {"wall_s": None if began_s is None else max(0.0, now_s - began_s)},
-        cost=None,
+        spent={
+            **spent(series),
+            "node_hours": cost.node_hours,
+            "nodes": cost.nodes,
+            "wall_s": None if began_s is None else max(0.0, now_s - began_s),
+        },
+        cost=cost.to_json(),
         origin={
             "commit": job.config.run.commit or tags.get(MLFLOW_GIT_COMMIT, ""),
             "manifest_sha256": manifest.hash,
@@ -109,11 +123,11 @@ def kept_record(folder: str) -> RunRecord | None:
         return None
 
 
-def spent(series: Mapping[str, Iterable[Point]]) -> dict[str, float | int | None]:
-    """training_s, rank_hours, node_hours and nodes, from a run's metrics; None where nothing tells.
+def spent(series: Mapping[str, Iterable[Point]]) -> dict[str, float | None]:
+    """training_s and rank_hours, from a run's metrics; None where nothing tells.
 
     The time of training steps is images over images a second of each logged interval: pauses between attempts, validation and
-    steps done twice are not in it. A node was there from sample to sample, as long as the samples come.
+    steps done twice are not in it.
     """
     speed = {one.step: one.value for one in series.get("train/images_per_s", [])}
     ranks = {one.step: one.value for one in series.get("train/world_size", [])}
@@ -124,21 +138,17 @@ def spent(series: Mapping[str, Iterable[Point]]) -> dict[str, float | int | None
             seconds += interval
             rank_seconds += interval * ranks.get(one.step, 1.0)
         before = one.value
-    nodes = {key: [one.time_s for one in line] for key, line in series.items() if key.endswith(_NODE)}
-    node_seconds = sum(
-        _SAMPLE_S + sum(gap for a, b in itertools.pairwise(sorted(times)) if (gap := b - a) <= _GAP_S)
-        for times in nodes.values()
-    )
-    return {
-        "training_s": seconds or None,
-        "rank_hours": rank_seconds / 3600 or None,
-        "node_hours": node_seconds / 3600 if nodes else None,
-        "nodes": len(nodes) or None,
-    }
+    return {"training_s": seconds or None, "rank_hours": rank_seconds / 3600 or None}
+
+
+def gpu_utilization(series: Mapping[str, Iterable[Point]]) -> float | None:
+    """Mean part of the time that the nodes' GPUs were computing, 0 to 1, over all samples of all of them; None without any."""
+    samples = [one.value for key, line in series.items() if _GPU.fullmatch(key) for one in line]
+    return sum(samples) / len(samples) / 100 if samples else None
 
 
 def _wanted(key: str) -> bool:
-    return key.startswith(_PREFIXES) or (key.startswith("system/") and key.endswith(_NODE))
+    return key.startswith(_PREFIXES) or _GPU.fullmatch(key) is not None
 
 
 def _number(text: str) -> int | None:

@@ -18,6 +18,7 @@ from ray.train import DataConfig
 from cxr_dist import cluster, preflight, storage
 from cxr_dist.capacity import wants_gpu
 from cxr_dist.config import Config, flatten
+from cxr_dist.cost import sentence
 from cxr_dist.data.features import set_aside
 from cxr_dist.data.manifest import Manifest
 from cxr_dist.data.resident import DamagedFeatures
@@ -29,6 +30,7 @@ from cxr_dist.evaluate.second_labels import read_second_labels
 from cxr_dist.evaluate.thumbnails import with_thumbnails
 from cxr_dist.registry.prepare import about, evaluation_in, prepare
 from cxr_dist.registry.publish import told
+from cxr_dist.spending import Spending
 from cxr_dist.tracking import TrackedRun, git_tags, open_run
 from cxr_dist.train.cache import Cache, prepare_features
 from cxr_dist.train.checkpoint import Checkpoints
@@ -58,16 +60,21 @@ def train(config: Config) -> dict[str, Any]:
     config = with_defaults(config)
     manifest = preflight.run(config)
     cluster.connect(config.train.workers[1] * config.train.cpus_per_worker + max(1, config.data.decode_workers))
-    cluster.wait_for_room(bundles(config), config.train.wait_for_nodes_s)
-    resources = ray.cluster_resources()
-    preflight.check_resources(config, resources, ray.nodes())
-    job = make_job(config, manifest, use_gpu=wants_gpu(config, resources))
-    Identity.claim(job, resume=config.run.resume)  # a run that cannot be gone on with is not taken over either
-    with Lease.take(job.folder, owner=user()) as lease, recorded_outcome(job.folder, lease):
-        return train_as_owner(dataclasses.replace(job, owner=lease.number), manifest, lease)
+    with Spending(config.cost) as spending:
+        cluster.wait_for_room(bundles(config), config.train.wait_for_nodes_s)
+        resources = ray.cluster_resources()
+        preflight.check_resources(config, resources, ray.nodes())
+        job = make_job(config, manifest, use_gpu=wants_gpu(config, resources))
+        Identity.claim(job, resume=config.run.resume)  # a run that cannot be gone on with is not taken over either
+        with (
+            Lease.take(job.folder, owner=user()) as lease,
+            spending.kept(job.folder, lease.number, lease.held),
+            recorded_outcome(job.folder, lease),
+        ):
+            return train_as_owner(dataclasses.replace(job, owner=lease.number), manifest, lease, spending)
 
 
-def train_as_owner(job: TrainJob, manifest: Manifest, lease: Lease) -> dict[str, Any]:
+def train_as_owner(job: TrainJob, manifest: Manifest, lease: Lease, spending: Spending) -> dict[str, Any]:
     """`train`, from the moment on that nobody else writes to the run."""
     config = job.config
     identity = Identity.claim(job, resume=config.run.resume)
@@ -83,6 +90,7 @@ def train_as_owner(job: TrainJob, manifest: Manifest, lease: Lease) -> dict[str,
         folder=job.folder,
         is_ours=lease.held,
     ) as tracked:
+        tracked.at_end = lambda: spending.tell(tracked)
         job = dataclasses.replace(job, run_id=tracked.run_id)
         identity.record(job)
         describe(tracked, job, manifest)
@@ -98,8 +106,12 @@ def train_as_owner(job: TrainJob, manifest: Manifest, lease: Lease) -> dict[str,
             corrupt = trained.pop("corrupt")
             result = {"run_id": tracked.run_id, "status": "FINISHED", "run_name": config.run.name, **trained}
             result["features"] = cache.summary()
-            result |= evaluate(tracked, job, manifest, trained, corrupt)
+            spending.images = trained["steps"] * job.plan.global_batch
+            result |= evaluate(tracked, job, manifest, trained, corrupt, spending)
             result["model"] = log_model(tracked, job, manifest, result)
+            cost = spending.cost()
+            result["cost"] = cost.to_json()
+            print(f"cost: {sentence(cost)}")
         except InputError as error:
             # the input was accepted: what fails now (a store that went away) is the run's failure
             raise RunError(last_line(error)) from error
@@ -143,7 +155,12 @@ def as_yaml(config: Config) -> str:
 
 
 def evaluate(
-    tracked: TrackedRun, job: TrainJob, manifest: Manifest, trained: dict[str, Any], corrupt: dict[str, str]
+    tracked: TrackedRun,
+    job: TrainJob,
+    manifest: Manifest,
+    trained: dict[str, Any],
+    corrupt: dict[str, str],
+    spending: Spending,
 ) -> dict[str, Any]:
     """The report of the best checkpoint: on test with thresholds from validation, or on validation alone.
 
@@ -177,7 +194,15 @@ def evaluate(
         bootstrap=job.config.evaluate.bootstrap,
         seed=job.config.evaluate.bootstrap_seed,
         title=job.config.run.name,
-        run=run_record(job, manifest, trained, config=as_yaml(job.config), unreadable=len(corrupt), now_s=time.time()),
+        run=run_record(
+            job,
+            manifest,
+            trained,
+            config=as_yaml(job.config),
+            unreadable=len(corrupt),
+            now_s=time.time(),
+            spending=spending,
+        ),
         illustrate=lambda worst: (
             add_saliency(folder, job.config, checkpoint, judged, validation)
             or with_thumbnails(worst, manifest.uri, judged.split, job.config.data)

@@ -44,8 +44,8 @@ def tags(job: TrainJob, manifest: Manifest, *, new: bool) -> dict[str, str]:
 
 
 def params(config: Config) -> dict[str, object]:
-    """What people compare runs by: the config without the run's names and addresses, which are no setting."""
-    return {key: value for key, value in flatten(config).items() if not key.startswith(("run.", "tracking."))}
+    """What people compare runs by: the config without the run's names and addresses and prices, which are no setting."""
+    return {key: value for key, value in flatten(config).items() if not key.startswith(("run.", "tracking.", "cost."))}
 
 
 def how_split(manifest: Manifest) -> str:

@@ -9,6 +9,8 @@ import pytest
 from mlflow import MlflowClient
 from ray.job_submission import JobStatus, JobSubmissionClient
 
+from cxr_dist.spending import attempts_in
+from infra.local.stack import Stack
 from tests.drills.conftest import Drill
 from tests.drills.runs import back_at, begin, driver_of, go_on, is_the_undisturbed_run, steps_logged
 from tests.submitting import Submitted, find, run, submit, wait
@@ -40,7 +42,7 @@ def test_worker_killed(
     "`jobs/sync.py` says FAILED; the same command goes on in the same MLflow run, to the same result",
 )
 def test_driver_killed(
-    drill: Drill, jobs: JobSubmissionClient, train: str, client: MlflowClient, trained: Submitted
+    drill: Drill, full_stack: Stack, jobs: JobSubmissionClient, train: str, client: MlflowClient, trained: Submitted
 ) -> None:
     name = "drill-driver"
     command = f"{train} --run.name {name} --train.checkpoint_every_steps 1"
@@ -59,6 +61,17 @@ def test_driver_killed(
     assert found.info.status == "FAILED"
     assert "the driver was lost" in found.data.tags["failure"]
     go_on(drill, jobs, client, name, command, trained)
+    costs = sorted(
+        (point.step, point.value) for point in client.get_metric_history(found.info.run_id, "cost/node_hours")
+    )
+    assert [step for step, _ in costs] == [1]  # the first attempt could not say what it cost, and is counted
+    with pytest.MonkeyPatch.context() as patch:
+        for key, value in full_stack.env.items():
+            patch.setenv(key, value)
+        kept, unread = attempts_in(f"s3://cxr/runs/{name}")
+    assert (sorted(kept), unread) == ([1, 2], 0)
+    assert all(one.seconds > 0 for times in kept.values() for one in times)
+    assert costs[0][1] == pytest.approx(sum(one.seconds for times in kept.values() for one in times) / 3600, rel=0.2)
     drill.outcome = "FAILED, then FINISHED, the same weights"
 
 

@@ -36,15 +36,21 @@ def test_node_replaced(
     trained: Submitted,
 ) -> None:
     name = "drill-node-replaced"
-    with Node(full_stack, 3) as node:
+    labels = {"cxr-instance": "g5.2xlarge", "cxr-market": "on-demand"}
+    with Node(full_stack, 3, labels) as node:
         job_id, _ = begin(
             jobs, client, name, f"{train} {A_NODE_EACH} --run.name {name} --train.checkpoint_every_steps 1", steps=2
         )
         drill.hurt()
         node.kill()
-        with Node(full_stack, 3):
+        with Node(full_stack, 3, labels):
             job = wait(jobs, job_id)
     is_the_undisturbed_run(job, trained, client, name)
+    priced, unknown = job.result["cost"]["charges"]  # both nodes, each for its time; the head says nothing of itself
+    assert (priced["instance"], priced["nodes"], unknown["nodes"]) == ("g5.2xlarge", 2, 1)
+    assert priced["amount"] == pytest.approx(priced["node_hours"] * 1.212)
+    assert 0 < priced["node_hours"] < 2 * unknown["node_hours"]
+    assert (job.result["cost"]["amount"], job.result["cost"]["attempts"]) == (None, 1)
     drill.recovered(back_at(client, name, drill.hurt_at))
     [resumed] = re.findall(r"resumed from step (\d+)", job.logs)[:1]
     drill.outcome = f"FINISHED, the same weights; went on from step {resumed}"

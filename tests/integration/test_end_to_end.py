@@ -17,6 +17,9 @@ from ray.job_submission import JobStatus
 from cxr_dist import storage
 from cxr_dist.data.manifest import Manifest
 from cxr_dist.evaluate import scores
+from cxr_dist.evaluate.runrecord import RunRecord
+from cxr_dist.spending import attempts_in
+from cxr_dist.train.checkpoint import Checkpoints
 from tests.conftest import ROOT
 from tests.faultproxy import FaultProxy, fault_proxy
 from tests.policy import documented, held_to, needs, refused
@@ -91,6 +94,78 @@ def test_a_submitted_run_ends_with_everything_in_mlflow(trained, client, manifes
     assert result["n_scored"] == {"val": rows["validation"], "test": rows["test"]}
     assert found.data.metrics["val/n_scored"] == rows["validation"]
     assert found.data.metrics["test/n_scored"] == rows["test"]
+
+
+def test_a_run_says_what_it_cost(trained, client, manifest):
+    """Of the stack's one node, which does not say what it is: hours, and why there is no price."""
+    cost = trained.result["cost"]
+    assert (cost["nodes"], cost["attempts"], cost["amount"], cost["gpu_utilization"]) == (1, 1, None, None)
+    assert cost["prices"] == "infra/prices.toml"  # it came with the working directory
+    assert cost["charges"][0]["why"] == "the node does not say its type (label cxr-instance)"
+    assert cost["images"] == trained.result["steps"] * 32
+    [found] = find(client, "straight")
+    hours = found.data.metrics["cost/node_hours"]  # logged when all was done
+    record = RunRecord.from_json(storage.read_bytes("s3://cxr/runs/straight/scores/run_record.json"), "record")
+    took_s = (found.info.end_time - found.info.start_time) / 1000
+    assert 0 < record.cost["node_hours"] < cost["node_hours"] <= hours
+    assert hours * 3600 == pytest.approx(took_s, abs=30)  # the driver begins before its MLflow run does
+    assert hours == found.data.metrics["cost/unpriced_node_hours"]
+    assert "cost/usd" not in found.data.metrics
+    assert found.data.tags["cost"].startswith(f"{hours:.3g} node-hours of 1 node")
+    assert "\ncost: " in trained.logs
+    kept, unread = attempts_in("s3://cxr/runs/straight")
+    assert (list(kept), unread) == ([1], 0)
+    assert kept[1][0].seconds >= hours * 3600 - 0.01
+
+
+PLACE = ("s3://cxr", "s3://mlflow")
+
+
+@pytest.fixture(scope="module")
+def planned(jobs, train, trained, client, manifest) -> tuple[Submitted, list, list]:
+    """A dry run of the run that nothing disturbed, under another name; what was in storage and MLflow before."""
+    before = [storage.list_files(uri) for uri in PLACE], sorted(run.info.run_id for run in everything(client))
+    return run(jobs, f"{train} --run.name planned --dry-run"), *before
+
+
+def everything(client):
+    return client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
+
+
+def test_a_dry_run_says_what_the_run_then_did(planned, trained, manifest):
+    job, *_ = planned
+    assert job.status == JobStatus.SUCCEEDED, job.logs[-4000:]
+    plan, did = job.result, trained.result
+    steps, rows = plan["steps"], {name: split.num_rows for name, split in manifest.splits.items()}
+    assert {name: plan["images"][name] for name in rows} == rows
+    assert (steps["train_left"], steps["epochs"]) == (did["steps"], did["epochs"])
+    assert steps["train_per_epoch"] * 32 + plan["images"]["dropped_per_epoch"] == rows["train"]
+    assert (
+        plan["plan_sha256"]
+        == RunRecord.from_json(storage.read_bytes("s3://cxr/runs/straight/scores/run_record.json"), "record").origin[
+            "plan_sha256"
+        ]
+    )
+    assert plan["gradient_mb_per_step"] == did["gradient_mb_per_step"]
+    # what the decoders counted, rounded to hundredths; a hedged range counts twice
+    assert (
+        plan["read"]["all_epochs_bytes"] / 2**20 - 0.005
+        <= did["read_mb"]
+        <= 1.05 * plan["read"]["all_epochs_bytes"] / 2**20
+    )
+    sizes = [entry.bytes for entry in Checkpoints("s3://cxr/runs/straight").entries()]
+    assert all(1 <= size / plan["written"]["checkpoint_bytes"] < 1.05 for size in sizes)
+    assert len(sizes) <= plan["written"]["kept"]
+    assert plan["cluster"]["nodes"][0]["cpus"] == 4
+    assert (plan["cluster"]["decode_cpus"], plan["ways"], plan["seconds"], plan["cost"]) == (3, {}, None, None)
+    assert "jobs/doctor.py" in plan["notes"][-1]
+    assert re.search(r"^steps +\d+ \+ \d+ of validation an epoch, at most 4 epochs", job.logs, re.MULTILINE)
+
+
+def test_a_dry_run_leaves_nothing_behind(planned, client):
+    _, stored, tracked = planned
+    assert [storage.list_files(uri) for uri in PLACE] == stored
+    assert sorted(run.info.run_id for run in everything(client)) == tracked
 
 
 def test_the_logged_scores_are_every_test_row_and_give_the_logged_auroc(trained, client, manifest, tmp_path):

@@ -26,7 +26,7 @@ from cxr_dist.evaluate.runrecord import RunRecord
 from cxr_dist.evaluate.scores import write
 from cxr_dist.evaluate.worst import Example
 from tests.releases import noise, png
-from tests.reporting import made_up_evaluation, made_up_run, made_up_scores
+from tests.reporting import made_up_cost, made_up_evaluation, made_up_run, made_up_scores
 
 FINDINGS = LABEL_SETS["nih8"]
 DEFINED = FINDINGS[:-1]
@@ -227,7 +227,6 @@ def test_what_the_run_was(page: Page, folder: Path) -> None:
     assert "2, then 1" in page.text["cost"]
     assert "15 min 13 s" in page.text["cost"]
     assert "number 3 of 5 in this experiment" in page.text["cost"]
-    assert "no price known" in page.text["cost"]
     for needed in (
         run.origin["commit"],
         run.origin["manifest_sha256"],
@@ -238,6 +237,38 @@ def test_what_the_run_was(page: Page, folder: Path) -> None:
     assert hashlib.sha256((folder / "scores.parquet").read_bytes()).hexdigest() in page.text["reproduce"]
     assert "python jobs/train.py --config config.yaml --run.name nih8-first-again" in page.text["reproduce"]
     assert "the checkpoint after epoch 6" in page.text["training"]
+
+
+def test_what_it_cost(page: Page, evaluation: dict[str, Any]) -> None:
+    text, amount = page.text["cost"], 0.19 + 2 * 0.4321
+    for needed in (
+        f"{amount:.2f} USD (2 attempts)",
+        "87.6 % of the time, all GPUs",
+        f"{54_321 / amount:,.0f} trained on",
+    ):
+        assert needed in text
+    assert page.tables["cost"] == {
+        "gpu.xlarge spot": [[2], [2.0], [0.4321], [2 * 0.4321], []],
+        "head.large on-demand": [[1], [1.0], [0.19], [0.19], []],
+    }
+    assert "an invented bill, 2026-11-03" in text
+    assert "no price known" not in text
+
+
+def test_a_cost_that_is_not_known_says_why(evaluation: dict[str, Any]) -> None:
+    run = made_up_run(FINDINGS)
+    without = Page(rendered(evaluation, run=dataclasses.replace(run, cost=made_up_cost(prices=False)))).text["cost"]
+    assert "no price known: multiply the node-hours by yours (2 attempts)" in without
+    assert "the table has no row for gpu.xlarge spot" in without
+    assert "Images for a dollar" not in without
+    bounded = {**made_up_cost(prices=False), "at_most": 7.5, "gpu_utilization": None}
+    text = Page(rendered(evaluation, run=dataclasses.replace(run, cost=bounded))).text["cost"]
+    assert "at most 7.50 USD" in text
+    assert "GPUs busyno GPU" in text.replace("\n", "")
+    older = Page(rendered(evaluation, run=dataclasses.replace(run, cost=None))).text[
+        "cost"
+    ]  # a record of an earlier version
+    assert "no price known" in older
 
 
 def test_what_a_reader_must_know_first(evaluation: dict[str, Any]) -> None:

@@ -52,7 +52,7 @@ def test_the_report_of_a_run_has_subgroups_and_second_labels(tmp_path: Path, mon
     manifest = SimpleNamespace(uri="", rows=lambda split: labels if split == "validation" else None)
     logged: list[Path] = []
     tracked = SimpleNamespace(log_artifacts=logged.append)
-    run.evaluate(tracked, job, manifest, {"steps": 1}, {})  # type: ignore[arg-type]
+    run.evaluate(tracked, job, manifest, {"steps": 1}, {}, None)  # type: ignore[arg-type]
     evaluation = json.loads((logged[0] / "evaluation.json").read_text())
     assert {name: one["n_images"] for name, one in evaluation["subgroups"]["sex"].items()} == {"M": 30, "F": 30}
     assert evaluation["second_labels"]["findings"]["Mass"]["n_images"] == 2

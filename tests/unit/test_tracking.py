@@ -1,5 +1,6 @@
 """The run's life and the metrics journal, on a real SQLite store; servers and signals are in tests/integration."""
 
+import contextlib
 import io
 import json
 import math
@@ -116,6 +117,33 @@ def test_sigterm_is_killed_and_the_old_handler_returns(store: str, client: Mlflo
     assert stopped.value.code == 143
     assert client.get_run(run.run_id).info.status == "KILLED"
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(None, "FINISHED"), (RuntimeError("no"), "FAILED"), (SystemExit(1), "KILLED")]
+)
+def test_the_last_words_are_said_whichever_way_a_run_ends(
+    error: BaseException | None, status: str, store: str, client: MlflowClient, tmp_path: Path
+) -> None:
+    with contextlib.suppress(RuntimeError, SystemExit), _run(store, tmp_path) as run:
+
+        def last_words() -> None:
+            run.log_metrics({"cost/usd": 1.5}, step=0)
+            run.set_tags({"cost": "1.50 USD"})
+
+        run.at_end = last_words
+        if error is not None:
+            raise error
+    found = client.get_run(run.run_id)
+    assert (found.info.status, found.data.tags["cost"]) == (status, "1.50 USD")
+    assert _history(client, run.run_id, "cost/usd") == [(0, 1.5)]
+
+
+def test_last_words_that_fail_change_no_status(store: str, client: MlflowClient, tmp_path: Path) -> None:
+    with _run(store, tmp_path) as run:
+        run.at_end = lambda: 1 / 0
+    assert client.get_run(run.run_id).info.status == "FINISHED"
+    assert run.missed == ["what is logged at the end"]
 
 
 def test_a_handler_set_while_the_run_is_open_stays(store: str, tmp_path: Path) -> None:
