@@ -78,7 +78,7 @@ def judge_decoding(
     """
     png, pixels = rates.get("png"), rates.get("pixels")
     if not png or not pixels or not images_per_s:
-        return [], ["decoding: not measured, so that nothing is said of the CPUs that it needs"]
+        return [], ["decoding: the cores that it needs are not known, for not every rate was measured"]
     need = {"png": math.ceil(ranks * images_per_s / png), "pixels": math.ceil(ranks * images_per_s / pixels)}
     kind = "GPU" if gpu else "rank"
     found = (

@@ -72,7 +72,7 @@ def examine(config: Config, *, timeout_s: float, store_bytes: int) -> dict[str, 
     measured = RanksReport(backend="nccl" if gpu else "gloo")
     job = ranks.rehearsal(config, world_size=world or sizes[0], use_gpu=gpu, row_group=row_group)
     broken = [node.name for node in nodes if node.error]
-    broken += [problem.node for problem in found.problems if problem.check == "GPUs" and problem.node]
+    broken += [problem.node for problem in found.problems if gpu and problem.check == "GPUs" and problem.node]
     if world is None:
         found.notes.append("ranks: there is no room for them, so training and all-reduce were not measured")
     elif broken:

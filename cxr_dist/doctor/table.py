@@ -101,13 +101,9 @@ def _gb(count: float | None) -> str:
 
 
 def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
-    full = [row for row in rows if len(row) == len(HEADS)]
-    widths = [max(len(row[place]) for row in full) for place in range(len(HEADS))]
-    widths[0] = max(len(row[0]) for row in rows)
-    return [
-        "  ".join(
-            cell if place == len(row) - 1 else cell.ljust(width)
-            for place, (cell, width) in enumerate(zip(row, widths, strict=False))
-        ).rstrip()
-        for row in rows
-    ]
+    """Rows under one another; the last cell of a short one may be as long as it is."""
+    widths = [0] * len(HEADS)
+    for row in rows:
+        for place, cell in enumerate(row if len(row) == len(HEADS) else row[:-1]):
+            widths[place] = max(widths[place], len(cell))
+    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]

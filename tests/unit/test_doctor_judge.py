@@ -207,7 +207,7 @@ def test_enough_data_cpus_are_noted_and_few_where_features_are_kept() -> None:
 
 
 def test_nothing_is_said_of_cores_without_both_rates() -> None:
-    unsaid = ([], ["decoding: not measured, so that nothing is said of the CPUs that it needs"])
+    unsaid = ([], ["decoding: the cores that it needs are not known, for not every rate was measured"])
     assert judge.judge_decoding({"png": None, "pixels": None}, encoding="png", **DECODING) == unsaid
     assert judge.judge_decoding(RATES, encoding="png", **(DECODING | {"images_per_s": None})) == unsaid
 
