@@ -119,7 +119,10 @@ def _answer(ref: Any) -> Answer:
     except RayTaskError as error:
         return Answer(error=one_line(getattr(error, "cause", error)) or "failed")
     except RayError as error:
-        return Answer(error=one_line(error).partition(". ")[0])
+        text = str(error).strip()
+        if "creation task" in text:  # a traceback follows, whose last line says why
+            return Answer(error=one_line(text.splitlines()[-1]))
+        return Answer(error=one_line(text).partition(". ")[0])
 
 
 def _silence(timeout_s: float) -> Answer:

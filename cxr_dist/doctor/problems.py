@@ -52,4 +52,5 @@ def caught(check: str, problems: list[Problem]) -> Iterator[None]:
 
 def one_line(text: object) -> str:
     """An error's words in one line, without secrets, cut where it is long."""
-    return scrub(re.sub(r"\s+", " ", str(text)).strip())[:500]
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", str(text))  # Ray colours its tracebacks
+    return scrub(re.sub(r"\s+", " ", plain).strip())[:500]

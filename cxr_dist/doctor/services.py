@@ -107,7 +107,8 @@ def remove(prefix: str, notes: list[str]) -> None:
 def check_runs(config: Config, problems: list[Problem], notes: list[str]) -> None:
     """Make a run in the experiment, log a metric and a file, and delete the run."""
     try:
-        preflight.check_tracking(config)
+        strict = dataclasses.replace(config.tracking, required=True)
+        preflight.check_tracking(dataclasses.replace(config, tracking=strict))
         path = config.tracking.uri.removeprefix("sqlite:///")
         if path != config.tracking.uri and not Path(path).exists():
             notes.append(f"MLflow: {path} will be made by the first run")
