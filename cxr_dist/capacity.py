@@ -8,7 +8,7 @@ from cxr_dist.config import Config
 from cxr_dist.data.plan import allowed_world_sizes
 from cxr_dist.errors import ConfigError
 
-__all__ = ["check_resources", "wants_gpu", "world_sizes"]
+__all__ = ["check_resources", "decoding_cpus", "wants_gpu", "world_sizes"]
 
 
 def world_sizes(config: Config, row_group: int) -> tuple[int, ...]:
@@ -102,8 +102,14 @@ def check_resources(config: Config, cluster: Mapping[str, float], nodes: Sequenc
         _check_nodes(config, [node["Resources"] for node in alive], wants_gpu(config, cluster), needed)
 
 
-def _check_nodes(config: Config, nodes: list[Mapping[str, float]], gpu: bool, needed: int) -> None:
-    """Workers and decoders are not cut in two: place workers node by node, then count whole CPUs that are left."""
+def decoding_cpus(config: Config, nodes: Sequence[Mapping[str, Any]], *, gpu: bool) -> int:
+    """Whole CPUs of the living `nodes` (`ray.nodes()`) that the fewest ranks leave for decoding."""
+    alive = [node["Resources"] for node in nodes if node.get("Alive", True)]
+    return _placed(config, alive, gpu)[1]
+
+
+def _placed(config: Config, nodes: Sequence[Mapping[str, float]], gpu: bool) -> tuple[int, int]:
+    """Workers that find no place, and whole CPUs that are left: neither workers nor decoders are cut in two."""
     waiting, each = config.train.workers[0], config.train.cpus_per_worker
     whole = 0
     for node in sorted(nodes, key=lambda node: -node.get("GPU", 0)):
@@ -111,6 +117,12 @@ def _check_nodes(config: Config, nodes: list[Mapping[str, float]], gpu: bool, ne
         placed = min(waiting, room, int(node.get("GPU", 0)) if gpu else room)
         waiting -= placed
         whole += math.floor(node.get("CPU", 0) - placed * each + 1e-9)
+    return waiting, whole
+
+
+def _check_nodes(config: Config, nodes: list[Mapping[str, float]], gpu: bool, needed: int) -> None:
+    each = config.train.cpus_per_worker
+    waiting, whole = _placed(config, nodes, gpu)
     sizes = ", ".join(f"{node.get('CPU', 0):g}" for node in nodes)
     if waiting:
         raise ConfigError(

@@ -93,7 +93,7 @@ def parse(
     """
     parser = _Parser(description=description, default_env=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file of a run; later flags override it")
-    parser.add_argument("--json", type=str | None, default=None, help="also write the result to this file")
+    parser.add_argument("--json", type=str | None, default=None, help="also write the result to this file or URI")
     if extra is not None:
         extra(parser)
     for section in Config.__dataclass_fields__.values():
@@ -107,7 +107,7 @@ def parse(
         for field, value in vars(parsed[name]).items():
             if value is None:
                 raise ConfigError(f"{name}.{field}: found nothing, expected a value; leave it out for its default")
-    if parsed.json and not Path(parsed.json).absolute().parent.is_dir():
+    if parsed.json and "://" not in parsed.json and not Path(parsed.json).absolute().parent.is_dir():
         raise ConfigError(f"--json: found no folder {Path(parsed.json).absolute().parent}; make it or give another")
     built = parser.instantiate_classes(parsed)
     config = Config(**{name: getattr(built, name) for name in Config.__dataclass_fields__})
@@ -129,9 +129,17 @@ def _config_files(argv: list[str]) -> list[str]:
 
 
 def run_job(
-    main: Job, *, description: str, extra: Callable[[Any], None] | None = None, argv: list[str] | None = None
+    main: Job,
+    *,
+    description: str,
+    extra: Callable[[Any], None] | None = None,
+    argv: list[str] | None = None,
+    failed: Callable[[dict[str, Any]], bool] = lambda result: False,
 ) -> NoReturn:
-    """Run a job from its command line and leave the process with the right exit code."""
+    """Run a job from its command line and leave the process with the right exit code.
+
+    `failed` says of a result that is printed like any other whether the code is 1 all the same.
+    """
     environment.apply()
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(ScrubbedFormatter("%(asctime)s %(levelname).1s %(message)s"))
@@ -154,8 +162,21 @@ def run_job(
     sys.stderr.flush()
     print(line, flush=True)
     if args.json:
-        Path(args.json).write_text(line + "\n")
-    sys.exit(0)
+        _write(args.json, line + "\n")
+    sys.exit(1 if failed(result) else 0)
+
+
+def _write(where: str, text: str) -> None:
+    if "://" not in where:
+        Path(where).write_text(text)
+        return
+    from cxr_dist import storage  # pyarrow's stores take time to import, and few results go there
+
+    try:
+        storage.put_atomic(where, text.encode())
+    except (InputError, OSError) as error:
+        print(f"error: --json: {scrub(str(error))}", file=sys.stderr)
+        sys.exit(2)
 
 
 class ScrubbedFormatter(logging.Formatter):

@@ -37,6 +37,7 @@ __all__ = [
     "check_weights",
     "run",
     "wants_gpu",
+    "within",
 ]
 
 log = logging.getLogger(__name__)
@@ -221,7 +222,7 @@ def _check_server(uri: str, experiment: str) -> None:
     if reason:
         raise InputError(f"tracking.uri: {reason}; {mend}")
     try:
-        _within(DEADLINE_S, lambda: MlflowClient(uri).get_experiment_by_name(experiment))
+        within(DEADLINE_S, lambda: MlflowClient(uri).get_experiment_by_name(experiment))
     except (MlflowException, TimeoutError) as error:
         raise InputError(
             f"tracking.uri: the server at {uri} does not serve MLflow experiments ({_one_line(error)}); check the "
@@ -231,7 +232,7 @@ def _check_server(uri: str, experiment: str) -> None:
 
 def _check_database(uri: str) -> None:
     try:
-        _within(DEADLINE_S, lambda: sqlalchemy.create_engine(uri).connect().close())
+        within(DEADLINE_S, lambda: sqlalchemy.create_engine(uri).connect().close())
     except (sqlalchemy.exc.SQLAlchemyError, ImportError, TimeoutError) as error:
         raise InputError(
             f"tracking.uri: the database {scrub(uri)} cannot be opened ({_one_line(error)}); start it, correct the "
@@ -239,7 +240,7 @@ def _check_database(uri: str) -> None:
         ) from None
 
 
-def _within(seconds: float, call: Callable[[], T]) -> T:
+def within(seconds: float, call: Callable[[], T]) -> T:
     """The call's result or exception; TimeoutError if neither has come by then (the call is left behind)."""
     outcome: list[Any] = []
 

@@ -7,7 +7,6 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Mapping
 from typing import Self
 
 import psutil
@@ -43,10 +42,11 @@ machine's other address, and a folder of working directories that two nodes shar
 
 
 class Node:
-    """A node of the stack's cluster with so many logical CPUs and these labels, up while its `with` block runs."""
+    """A node of the stack's cluster with so many logical CPUs, up while its `with` block runs; `options` are more of
+    `ray start`'s (num_gpus, labels)."""
 
-    def __init__(self, stack: Stack, num_cpus: int, labels: Mapping[str, str] | None = None):
-        self.stack, self.num_cpus, self.labels = stack, num_cpus, labels or {}
+    def __init__(self, stack: Stack, num_cpus: int, **options: object):
+        self.stack, self.num_cpus, self.options = stack, num_cpus, options
 
     def __enter__(self) -> Self:
         command = [sys.executable, "-c", ON_LOOPBACK, "start", "--block", "--disable-usage-stats"]
@@ -56,8 +56,8 @@ class Node:
             "num-cpus": self.num_cpus,
             "min-worker-port": 0,
             "max-worker-port": 0,
-            **({"labels": ",".join(f"{key}={value}" for key, value in self.labels.items())} if self.labels else {}),
             **free_ports(PORTS),
+            **{name.replace("_", "-"): value for name, value in self.options.items()},
         }
         command += [f"--{name}={value}" for name, value in options.items()]
         self.log = tempfile.TemporaryFile()

@@ -25,7 +25,7 @@ from cxr_dist.data.plan import NUM_DRAWS
 from cxr_dist.data.rows import fixed_rows
 from cxr_dist.errors import DataError
 
-__all__ = ["inflate", "run", "stored"]
+__all__ = ["inflate", "pixel_shard", "run", "stored"]
 
 STAGE = "decode"
 TRAINING, EVALUATION = "notebooks, training", "notebooks, evaluation"
@@ -57,7 +57,7 @@ def _run(options: BenchOptions) -> list[Row]:
     encoded, size = list(images), options.config.data.size
     variants = {**_notebooks(encoded, size), **_ours(encoded, size, options.seed)}
     parts, inflated_by = _parts(encoded, size)
-    pixels = _pixel_shard(np.tile(to_grey_many(encoded, size), (PIXEL_COPIES, 1, 1)), options.config.data.row_group)
+    pixels = pixel_shard(np.tile(to_grey_many(encoded, size), (PIXEL_COPIES, 1, 1)), options.config.data.row_group)
     found = in_turns({**variants, **parts, "pixels": pixels}, options.repeats, by_cpu=True)
     training, evaluation = (found[name].images_per_core_s for name in (TRAINING, EVALUATION))
     limit_ms = sum(found[part].cpu_ms_per_image for part in parts)
@@ -180,7 +180,7 @@ def stored(encoded: bytes) -> bytes:
     return out.getvalue()
 
 
-def _pixel_shard(pixels_NSS: np.ndarray, row_group: int) -> Callable[[], int]:
+def pixel_shard(pixels_NSS: np.ndarray, row_group: int) -> Callable[[], int]:
     """Reading a shard of pixels, from memory and with its checksums, a row group at a time into rows of our own."""
     num_images, row_bytes = len(pixels_NSS), pixels_NSS[0].size
     buffers = [None, pa.py_buffer(pixels_NSS)]

@@ -22,7 +22,7 @@ from cxr_dist.model.features import key_inputs
 from cxr_dist.model.network import Network, masked_loss
 from cxr_dist.train.job import TrainJob
 
-__all__ = ["Decision", "Rates", "Survey", "Work", "decide", "fits", "network_of", "survey"]
+__all__ = ["Decision", "Rates", "Survey", "Work", "decide", "fits", "network_of", "rates_of", "survey"]
 
 REPEATS = 3
 """Timed repeats of each kind of work, after one that is not counted; the fastest stands."""
@@ -81,8 +81,16 @@ def survey_here(job: TrainJob, measure: bool) -> Survey:
     if not measure:
         return found
     share = job.config.train.micro_batch or job.plan.rank_batch(job.world_sizes[-1])
+    return dataclasses.replace(found, rates=rates_of(network, size=job.size, share=share, findings=len(job.findings)))
+
+
+def rates_of(network: Network, *, size: int, share: int, findings: int) -> Rates:
+    """What an image of `size` pixels a side costs on the network's device; the tail takes `share` of them at once."""
+    device = network.device
+    images = np.zeros((network.chunk, size, size), np.uint8)
+    features = network.features(images)
     batch = features.repeat(math.ceil(share / len(features)), 1, 1, 1)[:share]
-    labels = torch.zeros(share, len(job.findings), device=device)
+    labels = torch.zeros(share, findings, device=device)
     valid = torch.ones(share, dtype=torch.bool, device=device)
 
     def train() -> None:
@@ -90,12 +98,11 @@ def survey_here(job: TrainJob, measure: bool) -> Survey:
             logits = network.tail(batch)
         masked_loss(logits, labels, valid, None, divisor=1.0).backward()
 
-    rates = Rates(
+    return Rates(
         prefix=fastest(lambda: network.features(images), device) / len(images),
         tail=fastest(train, device) / share,
         score=fastest(lambda: network.score_features(features), device) / len(features),
     )
-    return dataclasses.replace(found, rates=rates)
 
 
 def fastest(work: Callable[[], object], device: torch.device) -> float:

@@ -36,14 +36,14 @@ def test_node_replaced(
     trained: Submitted,
 ) -> None:
     name = "drill-node-replaced"
-    labels = {"cxr-instance": "g5.2xlarge", "cxr-market": "on-demand"}
-    with Node(full_stack, 3, labels) as node:
+    labels = "cxr-instance=g5.2xlarge,cxr-market=on-demand"
+    with Node(full_stack, 3, labels=labels) as node:
         job_id, _ = begin(
             jobs, client, name, f"{train} {A_NODE_EACH} --run.name {name} --train.checkpoint_every_steps 1", steps=2
         )
         drill.hurt()
         node.kill()
-        with Node(full_stack, 3, labels):
+        with Node(full_stack, 3, labels=labels):
             job = wait(jobs, job_id)
     is_the_undisturbed_run(job, trained, client, name)
     priced, unknown = job.result["cost"]["charges"]  # both nodes, each for its time; the head says nothing of itself

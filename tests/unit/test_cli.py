@@ -238,3 +238,28 @@ def test_a_result_file_in_no_folder_is_refused_before_the_work(
     code, lines, said = leave(capsys, {}, "--json", str(tmp_path / "none" / "out.json"))
     assert (code, lines) == (2, [])
     assert said == f"error: --json: found no folder {tmp_path}/none; make it or give another\n"
+
+
+@pytest.mark.parametrize(("verdict", "code"), [("ready", 0), ("not ready", 1)])
+def test_a_result_may_be_a_failure_and_is_printed_all_the_same(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, verdict: str, code: int
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        run_job(
+            lambda config, args: {"verdict": verdict},
+            description="test",
+            argv=["--json", f"file://{tmp_path}/not/yet/result.json"],
+            failed=lambda result: result["verdict"] != "ready",
+        )
+    assert caught.value.code == code
+    assert json.loads(capsys.readouterr().out) == {"verdict": verdict}
+    assert json.loads((tmp_path / "not" / "yet" / "result.json").read_text()) == {"verdict": verdict}
+
+
+def test_a_result_that_cannot_be_kept_where_it_was_asked(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        run_job(lambda config, args: {}, description="test", argv=["--json", "ftp://x/y"])
+    assert caught.value.code == 2
+    shown = capsys.readouterr()
+    assert shown.out == "{}\n"
+    assert shown.err == "error: --json: ftp://x/y: found scheme 'ftp', expected a path, file://, s3:// or gs://\n"
