@@ -4,6 +4,7 @@ A rate of a GPU, a network and a store are the reader's (`Given`): no measuremen
 whatever is computed from them says so.
 """
 
+import math
 from dataclasses import dataclass
 
 from cxr_dist.bench.options import Given
@@ -14,8 +15,8 @@ __all__ = ["Known", "Limit", "limits", "ring_s", "spread"]
 PNG_BYTES = 410_000
 """Mean size of NIH's PNG files."""
 
-HEADROOM = 1.15
-"""Decoders for each rank, as a multiple of what would just do."""
+HEADROOM, LEAST = 1.5, 2
+"""Decoders, as a multiple of what would just do, and the fewest for each rank."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +73,7 @@ def spread(
 ) -> tuple[Pipeline, Flow]:
     """A run of so many ranks of that rate by the queue model, decoders for each as they need them."""
     decode = known.png_images_per_s if encoding == "png" else known.pixel_images_per_s
-    decoders = max(1, -(-int(HEADROOM * rate * ranks) // int(decode)))
+    decoders = max(LEAST * ranks, math.ceil(HEADROOM * rate * ranks / decode))
     pipeline = Pipeline(
         ranks=ranks,
         decoders=decoders,

@@ -155,7 +155,7 @@ def _through(panel: Any, rows: Sequence[Row]) -> None:
             color=colour, linestyle=line, marker=marker, markersize=5, linewidth=1.4, label=f"{rate:g} images/s a rank (given)",
         )  # fmt: skip
     panel.set_ylim(0, 108)
-    _axes(panel, "Pixel shards: part of ranks × rate that comes through, computed", "%")
+    _axes(panel, "Part of ranks × rate that comes through, computed", "%")
 
 
 def _axes(panel: Any, title: str, unit: str) -> None:

@@ -57,6 +57,7 @@ PASSES: tuple[tuple[str, Pipeline, bool], ...] = (
     ("tasks of 16 steps", NOTHING(ranks=4, decoders=4, steps_per_task=16, rounds=30), False),
     ("decoders slower", TIMED(ranks=1, decoders=4, step_s=0.0, rounds=120), True),
     ("decoders slower", TIMED(ranks=4, decoders=4, step_s=0.0, rounds=40), False),
+    ("short tasks", TIMED(ranks=2, decoders=4, image_s=0.00015, step_s=0.0, rounds=100), False),
     ("ranks slower", TIMED(ranks=4, decoders=6, step_s=0.06, rounds=30), False),
     ("as fast as one another", TIMED(ranks=3, decoders=4, step_s=0.024, rounds=40), False),
 )

@@ -52,8 +52,10 @@ def test_every_stage_by_hand() -> None:
 
 def test_a_run_gets_the_decoders_that_it_needs_and_is_as_fast_as_its_slowest_stage() -> None:
     one, found = spread("png", 4, 100.0, KNOWN, GIVEN)
-    assert (one.decoders, one.together, one.image_s, one.step_s) == (3, True, 0.005, 0.5)
+    assert (one.decoders, one.together, one.image_s, one.step_s) == (8, True, 0.005, 0.5)
     assert found.images_per_s == pytest.approx(400, rel=0.03)
+    assert spread("png", 40, 200.0, KNOWN, GIVEN)[0].decoders == 80
+    assert spread("png", 40, 400.0, KNOWN, GIVEN)[0].decoders == 120
     # the loop takes 50,000 images a second, 600 ranks bring 60,000
     _, many = spread("png", 600, 100.0, KNOWN, GIVEN)
     assert many.images_per_s == pytest.approx(50_000, rel=0.03)
