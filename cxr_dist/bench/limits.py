@@ -15,6 +15,9 @@ __all__ = ["Known", "Limit", "limits", "ring_s", "spread"]
 PNG_BYTES = 410_000
 """Mean size of NIH's PNG files."""
 
+ROW_BYTES = 224**2
+"""Of a decoded image."""
+
 HEADROOM, LEAST = 1.5, 2
 """Decoders, as a multiple of what would just do, and the fewest for each rank."""
 
@@ -88,6 +91,12 @@ def spread(
     return pipeline, flow(pipeline, known.costs)
 
 
+def _waiting_mb(known: Known, given: Given) -> float:
+    """Of the largest blocks."""
+    window = Pipeline(ranks=1, decoders=LEAST, share=1, steps_per_task=1, image_s=0.0, step_s=0.0).window
+    return window * given.share * max(known.steps_per_task.values()) * ROW_BYTES / 1e6
+
+
 def limits(known: Known, given: Given) -> list[Limit]:
     """The stages in the order of an image's way."""
     store = given.store_gbit / 8 * 1e9
@@ -134,6 +143,20 @@ def limits(known: Known, given: Given) -> list[Limit]:
             )
             for kind in images
         ],
+        Limit(
+            stage="blocks on their way to the ranks' nodes",
+            basis="given",
+            images_per_s=given.network_gbit / 8 * 1e9 / ROW_BYTES,
+            of="node",
+            remark="where ingest nodes decode; a node that decodes for its own ranks sends nothing",
+        ),
+        Limit(
+            stage="Ray's object store",
+            basis="counted",
+            images_per_s=None,
+            of="rank",
+            remark=f"{_waiting_mb(known, given):,.0f} MB of blocks may wait for each rank with {LEAST} decoders, however many ranks",
+        ),
         Limit(
             stage="a rank's taking of blocks",
             basis="fitted",

@@ -39,12 +39,17 @@ def test_every_stage_by_hand() -> None:
         "decode, pixels": (10_000.0, "core", "measured"),
         "Ray Data's loop, png, tasks of 500 images": (pytest.approx(50_000), "run", "fitted"),
         "Ray Data's loop, pixels, tasks of 600 images": (pytest.approx(60_000), "run", "fitted"),
+        "blocks on their way to the ranks' nodes": (pytest.approx(1e9 / 224**2), "node", "given"),
+        "Ray's object store": (None, "rank", "counted"),
         "a rank's taking of blocks": (pytest.approx(25_000), "rank", "fitted"),
         "all-reduce, bandwidth": (pytest.approx(50 / 0.016), "rank", "given"),
         # 2 GB at 1 GB/s are slower than the disk was
         "checkpoint every 1000 steps": (pytest.approx(25_000), "rank", "measured and given"),
         "driver, account of the images": (pytest.approx(500_000), "run", "measured"),
     }
+    [store] = [one for one in limits(KNOWN, GIVEN) if one.images_per_s is None]
+    # two decoders: four blocks made, five more that wait, of 600 images
+    assert store.remark.startswith(f"{9 * 600 * 224**2 / 1e6:,.0f} MB of blocks")
     [loop, _, driver] = [one.ranks(100.0) for one in limits(KNOWN, GIVEN) if one.of == "run"]
     assert (loop, driver) == (pytest.approx(500), pytest.approx(5000))
     assert all(one.ranks(100.0) is None for one in limits(KNOWN, GIVEN) if one.of != "run")
