@@ -136,7 +136,7 @@ def limits(known: Known, given: Given) -> list[Limit]:
         *[
             Limit(
                 stage=f"Ray Data's loop, {kind}, tasks of {images[kind]} images",
-                basis="fitted",
+                basis="measured",
                 images_per_s=loop * images[kind],
                 of="run",
                 remark=f"{loop:.0f} tasks a second whatever is in them: larger tasks (data.task_images), kept features",

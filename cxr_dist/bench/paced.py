@@ -10,9 +10,10 @@ import dataclasses
 import threading
 import time
 import uuid
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import ray
 
@@ -23,7 +24,7 @@ from cxr_dist.data.nih import FINDINGS
 from cxr_dist.data.plan import EMPTY, Int64, Plan, Split
 from cxr_dist.data.stream import Stream, build_splits
 
-__all__ = ["Blank", "Paced", "decoded", "paced"]
+__all__ = ["Blank", "Paced", "Pass", "decoded", "paced"]
 
 SIZE = 16
 """Side of an image that nobody looks at."""
@@ -76,8 +77,17 @@ class _Pace:
         return Paced(spec, self.image_s)
 
 
-def paced(pipeline: Pipeline) -> float:
-    """Images a second, settled, of a pass of the stream with these times. Needs a running Ray."""
+class Pass(NamedTuple):
+    """What came of a pass of the stream."""
+
+    images_per_s: float
+    """Settled, all ranks."""
+    task_s: float
+    """Processor time of the process with Ray Data's loop, for each of a task's two events."""
+
+
+def paced(pipeline: Pipeline) -> Pass:
+    """A pass of the stream with these times. Needs a running Ray."""
     warm = _warm_steps(pipeline.steps_per_task)
     steps = warm + pipeline.rounds * pipeline.steps_per_task
     batch = pipeline.share * pipeline.ranks
@@ -101,8 +111,8 @@ def paced(pipeline: Pipeline) -> float:
     return _pass(spec, pipeline, _Pace(pipeline.image_s))
 
 
-def decoded(uri: str, pipeline: Pipeline, epochs: int) -> float:
-    """Images a second, settled, of a pass over the dataset at `uri`, decoded for real; `image_s` is not looked at."""
+def decoded(uri: str, pipeline: Pipeline, epochs: int) -> Pass:
+    """A pass over the dataset at `uri`, decoded for real; `image_s` is not looked at."""
     spec = stream_spec(uri, batch=pipeline.share * pipeline.ranks, epochs=epochs)
     spec = dataclasses.replace(
         spec, world_size=pipeline.ranks, steps_per_task=pipeline.steps_per_task, pieces=1, token=uuid.uuid4().hex
@@ -110,7 +120,7 @@ def decoded(uri: str, pipeline: Pipeline, epochs: int) -> float:
     return _pass(spec, pipeline, Decoder)
 
 
-def _pass(spec: StreamSpec, pipeline: Pipeline, decoder: Any) -> float:
+def _pass(spec: StreamSpec, pipeline: Pipeline, decoder: Any) -> Pass:
     ranks = [ray.remote(num_cpus=0)(_Rank).remote() for _ in range(pipeline.ranks)]
     ray.get([rank.ready.remote() for rank in ranks])
     splits = build_splits(spec, num_actors=pipeline.decoders, decoder=decoder)
@@ -118,12 +128,13 @@ def _pass(spec: StreamSpec, pipeline: Pipeline, decoder: Any) -> float:
         rank.run.remote(split, spec.plan, number, pipeline.ranks, spec.size, pipeline.step_s)
         for number, (rank, split) in enumerate(zip(ranks, splits, strict=True))
     ]
-    came = ray.get(runs)
+    came, spent = zip(*ray.get(runs), strict=True)
     for rank in ranks:
         ray.kill(rank)
     skipped = _warm_steps(pipeline.steps_per_task)
     taken_RW = np.array([times[skipped :: pipeline.steps_per_task] for times in came]).T
-    return settled_rate(taken_RW, pipeline.images_per_task)
+    blocks = len(taken_RW) * pipeline.ranks
+    return Pass(settled_rate(taken_RW, pipeline.images_per_task), spent[0] / blocks / 2)
 
 
 def _warm_steps(steps_per_task: int) -> int:
@@ -137,10 +148,25 @@ class _Rank:
     def ready(self) -> bool:
         return True
 
-    def run(self, shard: Any, plan: Plan, rank: int, world_size: int, size: int, step_s: float) -> list[float]:
-        """When each step began, seconds of a clock of this machine."""
-        came = []
+    def run(
+        self, shard: Any, plan: Plan, rank: int, world_size: int, size: int, step_s: float
+    ) -> tuple[list[float], float]:
+        """When each step began, seconds of a clock of this machine; what the loop's process spent from the first on."""
+        came, before = list[float](), 0.0
         for _ in Stream(shard=shard, plan=plan, rank=rank, world_size=world_size, size=size):
             came.append(time.monotonic())
+            if len(came) == 1:
+                before = _loop_s() if rank == 0 else 0.0
             time.sleep(step_s)
-        return came
+        return came, _loop_s() - before if rank == 0 else 0.0
+
+
+def _loop_s() -> float:
+    """Processor time so far of the youngest process on this machine that has Ray Data's loop and splitter in it."""
+    found = [
+        process
+        for process in psutil.Process().parent().children()  # the raylet
+        if "SplitCoordinator" in "".join(process.cmdline())
+    ]
+    times = max(found, key=lambda process: process.create_time()).cpu_times()
+    return float(times.user + times.system)

@@ -36,7 +36,7 @@ class Costs:
     """What of the stream's own time is fitted, seconds."""
 
     task_s: float
-    """Ray Data's loop, for a task given out and for its block taken in, each."""
+    """Ray Data's loop, for a task given out and for its block taken in, each: measured, as its processor time."""
     block_s: float
     """A rank, for a block: asked for, fetched."""
     batch_s: float
@@ -101,6 +101,8 @@ class Measured:
 
     pipeline: Pipeline
     images_per_s: float
+    task_s: float
+    """Processor time of Ray Data's loop for a task given out, and for its block taken in, each."""
     fit: bool
     """Whether costs were fitted to it; the others show how well they predict."""
 
@@ -191,22 +193,26 @@ def _round_is_done(task: int, ranks: int, done: set[int]) -> bool:
 
 
 def fitted(passes: Sequence[Measured]) -> Costs:
-    """The costs that predict the passes marked `fit` best: the least sum of squared errors of the logarithm of their rates."""
+    """The loop's cost as these passes had it, and the others that predict the passes marked `fit` best: the least sum of squared errors of the logarithm of their rates."""
     known = [one for one in passes if one.fit]
     if not known:
         raise ValueError("found no pass to fit to, expected some")
 
+    task_s = min(
+        one.task_s for one in known
+    )  # a loop with little to do turns all the same, and each task has more of it
+
     def miss(logs: npt.NDArray[np.float64]) -> float:
-        costs = Costs(*np.exp(logs).tolist())
+        costs = Costs(task_s, *np.exp(logs).tolist())
         return float(sum(np.log(flow(one.pipeline, costs).images_per_s / one.images_per_s) ** 2 for one in known))
 
     tries = [
         optimize.minimize(
             miss, np.log(start), method="Nelder-Mead", options={"xatol": 1e-3, "fatol": 1e-6, "maxiter": 300}
         )
-        for start in ((0.002, 0.003, 0.0003, 0.003), (0.005, 0.01, 0.0003, 0.003), (0.008, 0.02, 0.003, 0.003))
+        for start in ((0.003, 0.0003, 0.003), (0.01, 0.0003, 0.01), (0.02, 0.003, 0.003))
     ]
-    return Costs(*np.exp(min(tries, key=lambda found: found.fun).x).tolist())
+    return Costs(task_s, *np.exp(min(tries, key=lambda found: found.fun).x).tolist())
 
 
 def errors(passes: Sequence[Measured], costs: Costs, *, fit: bool) -> list[float]:

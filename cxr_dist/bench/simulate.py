@@ -17,7 +17,7 @@ from cxr_dist.bench.driver import driver, in_new_process
 from cxr_dist.bench.limits import Known
 from cxr_dist.bench.measure import in_turns
 from cxr_dist.bench.options import BenchOptions, scratch
-from cxr_dist.bench.paced import decoded, paced
+from cxr_dist.bench.paced import Pass, decoded, paced
 from cxr_dist.bench.passes import cluster, dataset, stream_spec
 from cxr_dist.bench.queueing import Costs, Measured, Pipeline
 from cxr_dist.bench.report import Row
@@ -129,22 +129,24 @@ def _passes(options: BenchOptions, folder: Path) -> tuple[list[tuple[str, Measur
         for ranks in DECODED_RANKS
     ]
     timed = [pipeline for _, pipeline, _ in PASSES]
-    found: list[list[float]] = [[] for _ in (*PASSES, *real)]
+    found: list[list[Pass]] = [[] for _ in (*PASSES, *real)]
     with cluster(dataclasses.replace(options, cpus=LOGICAL)):
         for turn in range(repeats):
             for rates_of, (name, pipeline, _) in zip(found, (*PASSES, *real), strict=True):
                 rates_of.append(
                     paced(pipeline) if pipeline in timed else decoded(uris["png"], pipeline, EPOCHS_DECODED)
                 )
-                log.info("pass %d, %s, %d ranks: %.0f images/s", turn + 1, name, pipeline.ranks, rates_of[-1])
-    medians = [statistics.median(one) for one in found]
+                log.info(
+                    "pass %d, %s, %d ranks: %.0f images/s", turn + 1, name, pipeline.ranks, rates_of[-1].images_per_s
+                )
+    medians = [Pass(*map(statistics.median, zip(*one, strict=True))) for one in found]
     # a decoder's time for an image, out of the first real pass: on fewer cores than processes it is no decoder's own
-    image_s = options.cpus / medians[len(PASSES)]
+    image_s = options.cpus / medians[len(PASSES)].images_per_s
     settled = [(name, dataclasses.replace(one, image_s=image_s), fit) for name, one, fit in real]
     sharing = [(name, dataclasses.replace(one, cores=float(options.cpus)), fit) for name, one, fit in PASSES]
     passes = [
-        (name, Measured(pipeline=pipeline, images_per_s=rate, fit=fit))
-        for (name, pipeline, fit), rate in zip((*sharing, *settled), medians, strict=True)
+        (name, Measured(pipeline=pipeline, images_per_s=one.images_per_s, task_s=one.task_s, fit=fit))
+        for (name, pipeline, fit), one in zip((*sharing, *settled), medians, strict=True)
     ]
     return passes, rates
 

@@ -120,6 +120,7 @@ def pass_rows(passes: list[tuple[str, Measured]], costs: Costs) -> Iterator[Row]
             extra={
                 "images a task": str(pipeline.images_per_task),
                 "tasks/s": one.images_per_s / pipeline.images_per_task,
+                "loop ms a task": 2e3 * one.task_s,
                 "model images/s (computed)": predicted.images_per_s,
                 "model / measured": predicted.images_per_s / one.images_per_s,
                 "the model was": "fitted to it" if one.fit else "not shown it",
@@ -130,7 +131,7 @@ def pass_rows(passes: list[tuple[str, Measured]], costs: Costs) -> Iterator[Row]
 def cost_rows(known: Known, passes: list[tuple[str, Measured]]) -> Iterator[Row]:
     apart = [abs(error) for error in queueing.errors([one for _, one in passes], known.costs, fit=False)]
     figures = {
-        "Ray Data's loop, a task given out or taken in (fitted)": (1e3 * known.costs.task_s, "ms"),
+        "Ray Data's loop, a task given out or taken in (measured)": (1e3 * known.costs.task_s, "ms"),
         "a rank, a block (fitted)": (1e3 * known.costs.block_s, "ms"),
         "a rank, a step's rows (fitted)": (1e3 * known.costs.batch_s, "ms"),
         "a decoder, a block beside its images (fitted)": (1e3 * known.costs.made_s, "ms"),

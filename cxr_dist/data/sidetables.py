@@ -26,10 +26,10 @@ __all__ = ["KEPT_BYTES", "OpenedTable", "SideTable", "opened", "put_table"]
 ROWS_TOGETHER = 1 << 20
 """Rows of a row group of these tables: what is decoded to read any of them."""
 
-BATCH_ROWS = 1 << 16
+BATCH_ROWS = 1 << 14
 """Rows that are in memory at a time where a table is gone through."""
 
-KEPT_BYTES = 64 << 20
+KEPT_BYTES = 16 << 20
 """Largest file that stays in memory; NIH's row table has 0.6 MB. Of larger ones only what is asked for is read."""
 
 PIECE = 4 << 20

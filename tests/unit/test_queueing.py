@@ -132,7 +132,7 @@ def test_costs_are_found_again_from_passes_that_the_model_made() -> None:
     ]
     kept = pipeline(ranks=8, decoders=8, image_s=0.002, step_s=0.01, rounds=40)
     passes = [
-        Measured(pipeline=one, images_per_s=flow(one, costs).images_per_s, fit=one is not kept)
+        Measured(pipeline=one, images_per_s=flow(one, costs).images_per_s, task_s=0.0071, fit=one is not kept)
         for one in (*shown, kept)
     ]
     found = fitted(passes)
