@@ -85,10 +85,14 @@ def _wide(rows: Sequence[Row]) -> str:
     rates = sorted({float(row.extra["rate (given)"]) for row in rows})
     keys = [(encoding, rate) for encoding in encodings for rate in rates]
     found = {(row.extra["encoding"], row.extra["rate (given)"], row.extra["ranks"]): row for row in rows}
-    heads = ["ranks (computed)", *(f"{encoding}, {rate:g} images/s a rank (given)" for encoding, rate in keys)]
+    heads = [
+        "ranks (computed)",
+        "all-reduce, ms a step",
+        *(f"{encoding}, {rate:g} images/s a rank (given)" for encoding, rate in keys),
+    ]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---:|" * len(heads)]
     for ranks in sorted({int(row.extra["ranks"]) for row in rows}):
-        cells = [str(ranks)]
+        cells = [str(ranks), f"{float(found[*keys[0], ranks].extra['all-reduce ms a step']):.1f}"]
         for key in keys:
             row = found[*key, ranks]
             part, rate = float(row.extra["part of ranks × rate"]), row.images_per_s or 0.0
