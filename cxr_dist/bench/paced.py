@@ -6,6 +6,7 @@ sleeps for its step. So two cores carry eight decoders and four ranks, and what 
 things. Passes over real PNG files, decoded for real, come beside them (`decoded`).
 """
 
+import contextlib
 import dataclasses
 import threading
 import time
@@ -163,10 +164,10 @@ class _Rank:
 
 def _loop_s() -> float:
     """Processor time so far of the youngest process on this machine that has Ray Data's loop and splitter in it."""
-    found = [
-        process
-        for process in psutil.Process().parent().children()  # the raylet
-        if "SplitCoordinator" in "".join(process.cmdline())
-    ]
-    times = max(found, key=lambda process: process.create_time()).cpu_times()
-    return float(times.user + times.system)
+    found: list[tuple[float, float]] = []
+    for process in psutil.Process().parent().children():  # the raylet's
+        with contextlib.suppress(psutil.Error):  # one that has just ended
+            if "SplitCoordinator" in "".join(process.cmdline()):
+                times = process.cpu_times()
+                found.append((process.create_time(), times.user + times.system))
+    return max(found)[1]

@@ -9,6 +9,7 @@ import sys
 import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,9 +23,10 @@ from cxr_dist.data.manifest import Manifest
 from cxr_dist.data.nih import FINDINGS, findings_matrix
 from cxr_dist.data.plan import Plan, Split
 from cxr_dist.data.shards import ShardReader
-from cxr_dist.errors import InputError
+from cxr_dist.errors import InputError, RunError
 from cxr_dist.train import progress
 from cxr_dist.train.progress import planned_samples
+from cxr_dist.train.run import check_samples
 
 FEW, MANY = 8_000, 400_000
 ROW_GROUP = 8
@@ -130,6 +132,19 @@ def test_a_reader_has_two_bytes_a_row_group_at_most(datasets: dict[int, Manifest
     for column, name in ((ranges.offset, "offset"), (ranges.length, "bytes"), (reader.num_rows, "rows")):
         assert (column[everything] == table[name].to_numpy()).all()
     assert ranges.paths.take(pa.array(ranges.file_index[everything])).to_pylist() == table["path"].to_pylist()
+
+
+def test_no_reader_asks_for_a_whole_table(datasets: dict[int, Manifest], monkeypatch: pytest.MonkeyPatch) -> None:
+    def whole(self: Manifest, split: str) -> None:
+        raise AssertionError(f"{split} as one table")
+
+    monkeypatch.setattr(Manifest, "row_groups", whole)
+    monkeypatch.setattr(Manifest, "rows", whole)
+    manifest = datasets[FEW]
+    assert driver.places_bytes(ShardReader.from_manifest(manifest, "train")) > 0
+    job: Any = SimpleNamespace(plan=plan_of(manifest))
+    with pytest.raises(RunError, match=r"images trained on: found SHA-256 0, expected [0-9a-f]{64} by the plan"):
+        check_samples(job, manifest, {"epochs": 1, "samples_sha256": "0"})
 
 
 def test_a_step_and_a_task_are_planned_without_a_table(datasets: dict[int, Manifest]) -> None:
