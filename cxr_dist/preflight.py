@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+import pyarrow as pa
+import pyarrow.compute as pc
 import sqlalchemy
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
@@ -194,8 +196,9 @@ def check_boxes(config: Config, manifest: Manifest) -> None:
     boxes = given_boxes(config.evaluate)
     if not boxes:
         return
-    ids = {image_id for split in manifest.splits for image_id in manifest.rows(split)["image_id"].to_pylist()}
-    if not any(box.image_id in ids for box in boxes):
+    named = pa.array(sorted({box.image_id for box in boxes}), pa.string())
+    batches = (batch for split in manifest.splits for batch in manifest.row_batches(split, ["image_id"]))
+    if not any(pc.any(pc.is_in(batch["image_id"], value_set=named)).as_py() for batch in batches):
         raise DataError(
             f"evaluate.boxes: found {len(boxes)} boxes in {storage.shown(config.evaluate.boxes)} (first {boxes[0].image_id}), none "
             f"of an image in {storage.shown(manifest.uri)}, expected some; give the boxes of that release, or leave it empty"

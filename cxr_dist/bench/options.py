@@ -12,7 +12,7 @@ from cxr_dist.data import nih, synth
 from cxr_dist.errors import ConfigError, InputError
 from cxr_dist.store_errors import shown
 
-__all__ = ["BenchOptions", "ImageSet", "load_images", "scratch", "write_release"]
+__all__ = ["BenchOptions", "Given", "ImageSet", "load_images", "scratch", "write_release"]
 
 NUM_DRAWN = 64
 """Synthetic images that are drawn at most; more are repeats of these."""
@@ -21,6 +21,22 @@ NUM_READ = 512
 """Given images that are read at most (about 0.2 GB of NIH's); more are repeats of these."""
 
 IMAGES_PER_PATIENT = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Given:
+    """What the reader says of machines that are not here."""
+
+    rank_images_per_s: tuple[float, ...] = (250.0, 1000.0, 4000.0)
+    """Images a second that a rank trains on where it never waits: whatever its GPU, network and batch make of it."""
+    network_gbit: float = 10.0
+    """Bandwidth between nodes, Gbit/s each way."""
+    network_latency_us: float = 20.0
+    """Of one message between nodes."""
+    store_gbit: float = 5.0
+    """What a node reads from or writes to the object storage, Gbit/s."""
+    share: int = 64
+    """Images of a rank in a step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +57,10 @@ class BenchOptions:
     """Times that each variant is measured, in turns; the best counts."""
     seed: int = 0
     """Of synthetic images and of everything that is drawn."""
+    given: Given = field(default_factory=Given)
+    """What the reader says of machines that are not here (`simulate`)."""
+    max_images: int = 10**8
+    """Largest dataset whose tables are written (`simulate`)."""
     config: Config = field(default_factory=Config)
     """The run's config, for stages that need a size, a network or a batch."""
 
@@ -136,7 +156,11 @@ def write_release(images: ImageSet, folder: Path) -> None:
 
 def checked(options: BenchOptions) -> BenchOptions:
     """The options with paths made absolute, or a ConfigError."""
-    for name, least in (("num_images", 0), ("cpus", 1), ("repeats", 1)):
+    for name, least in (("num_images", 0), ("cpus", 1), ("repeats", 1), ("max_images", 100_000)):
         if getattr(options, name) < least:
             raise ConfigError(f"--{name}: found {getattr(options, name)}, expected {least} or more")
+    for name in ("rank_images_per_s", "network_gbit", "network_latency_us", "store_gbit"):
+        values = getattr(options.given, name)
+        if any(value <= 0 for value in (values if isinstance(values, tuple) else (values,))):
+            raise ConfigError(f"--{name}: found {values}, expected more than 0")
     return replace(options, out=options.out.absolute())

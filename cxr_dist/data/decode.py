@@ -171,14 +171,14 @@ class Decoder:
     def _parts(self, rank: int, indices: range, part: slice) -> list[Part]:
         """What that part of the steps holds, neighbours from one source and of one view in one piece."""
         spec, plan = self.spec, self.spec.plan
-        steps = [plan.step(index) for index in indices]
+        steps = [plan.share(index, rank, spec.world_size) for index in indices]
         parts = []
         for (kind, epoch), group in itertools.groupby(steps, lambda step: (step.kind, step.epoch)):
             view = view_of(epoch, views=spec.views, augment=spec.augment) if kind == "train" else 0
             parts.append(
                 Part(
                     decoder=self.decoders[kind, view if spec.train_views else 0],
-                    groups=np.concatenate([step.of_rank(rank, spec.world_size)[part] for step in group]),
+                    groups=np.concatenate([step.groups[part] for step in group]),
                     seed=plan.seed,
                     view=view,
                 )

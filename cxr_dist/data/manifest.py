@@ -6,22 +6,19 @@ the last of the split. Shard paths are relative to the dataset's URI, or to `roo
 """
 
 import dataclasses
-import functools
 import hashlib
-import io
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from cxr_dist import storage
 from cxr_dist.data import fields
 from cxr_dist.data.nih import LABEL_SETS, LABELS_SCHEMA, SPLITS, finding_columns, findings_matrix
-from cxr_dist.data.tables import read_table
+from cxr_dist.data.sidetables import SideTable, opened, put_table
 from cxr_dist.errors import DataError
 
 FORMAT = 1
@@ -67,16 +64,6 @@ class Split:
     patients: int
     positives: dict[str, int]
     """Images with each finding of the label set."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SideTable:
-    """One Parquet table beside manifest.json."""
-
-    path: str
-    bytes: int
-    sha256: str
-    rows: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,19 +146,20 @@ class Manifest:
     def save(
         self,
         uri: str,
-        rows: dict[str, pa.Table],
-        row_groups: dict[str, pa.Table],
+        rows: Mapping[str, pa.Table | Iterable[pa.Table]],
+        row_groups: Mapping[str, pa.Table | Iterable[pa.Table]],
         quarantine: Sequence[tuple[str, str]] = (),
     ) -> "Manifest":
         """Write side tables, then manifest.json, and give the manifest as `load` would.
 
-        `rows` and `row_groups` hold each split's table in placement order; `quarantine` all (image id, reason) pairs.
+        `rows` and `row_groups` hold each split's table in placement order, whole or in pieces; `quarantine` all
+        (image id, reason) pairs.
         """
         left_out = pa.Table.from_pylist([{"image_id": i, "reason": r} for i, r in quarantine], QUARANTINE_SCHEMA)
         tables = {
-            "rows": _put_table(uri, "rows.parquet", _stack(rows, LABELS_SCHEMA)),
-            "row_groups": _put_table(uri, "row_groups.parquet", _stack(row_groups, ROW_GROUPS_SCHEMA)),
-            "quarantine": _put_table(uri, "quarantine.parquet", left_out),
+            "rows": put_table(uri, "rows.parquet", _pieces(rows), LABELS_SCHEMA),
+            "row_groups": put_table(uri, "row_groups.parquet", _pieces(row_groups), ROW_GROUPS_SCHEMA),
+            "quarantine": put_table(uri, "quarantine.parquet", [left_out], QUARANTINE_SCHEMA),
         }
         named = tuple({"image_id": image_id, "reason": reason} for image_id, reason in quarantine[:NAMED_QUARANTINED])
         manifest = dataclasses.replace(self, tables=tables, quarantine=named)
@@ -181,11 +169,23 @@ class Manifest:
 
     def rows(self, split: str) -> pa.Table:
         """The label rows of a split in placement order: image_id, patient_id, view, age, sex, follow_up, findings[14]."""
-        return self._part("rows", split, [self.splits[name].num_rows for name in self.splits]).cast(LABELS_SCHEMA)
+        start, length = self._part("rows", split)
+        return opened(self.uri, self.tables["rows"]).read(start, length).cast(LABELS_SCHEMA)
+
+    def row_batches(self, split: str, columns: Sequence[str]) -> Iterator[pa.Table]:
+        """Columns of `rows`, some tens of thousands of rows at a time: a split may be larger than memory."""
+        start, length = self._part("rows", split)
+        schema = pa.schema([LABELS_SCHEMA.field(name) for name in columns])
+        for table in opened(self.uri, self.tables["rows"]).batches(start, length, columns):
+            yield table.select(list(columns)).cast(schema)
 
     def row_groups(self, split: str) -> pa.Table:
         """The row groups of a split in placement order: path, row_group_in_file, rows, offset, bytes."""
-        return self._part("row_groups", split, [self.splits[name].num_row_groups for name in self.splits])
+        return opened(self.uri, self.tables["row_groups"]).read(*self._part("row_groups", split))
+
+    def row_group_batches(self, split: str) -> Iterator[pa.Table]:
+        """`row_groups`, some tens of thousands at a time."""
+        return opened(self.uri, self.tables["row_groups"]).batches(*self._part("row_groups", split))
 
     def labels(self, split: str) -> np.ndarray:
         """bool [rows, findings]: the label set's findings in its order."""
@@ -193,20 +193,22 @@ class Manifest:
 
     def all_quarantined(self) -> pa.Table:
         """Every image that was left out: image_id, reason."""
-        return _read_table(self.uri, self.tables["quarantine"])
+        return opened(self.uri, self.tables["quarantine"]).read()
 
     @property
     def files_uri(self) -> str:
         """URI that the paths of the row group table are relative to."""
         return self.root or self.uri
 
-    def _part(self, table: str, split: str, lengths: list[int]) -> pa.Table:
+    def _part(self, table: str, split: str) -> tuple[int, int]:
+        """First row and number of rows of a split in a side table."""
         if split not in self.splits:
             raise DataError(
                 f"{storage.shown(self.uri)}: found no split {split!r}, expected one of {', '.join(self.splits)}"
             )
+        lengths = [found.num_rows if table == "rows" else found.num_row_groups for found in self.splits.values()]
         at = list(self.splits).index(split)
-        return _read_table(self.uri, self.tables[table]).slice(sum(lengths[:at]), lengths[at])
+        return sum(lengths[:at]), lengths[at]
 
 
 def _brief(text: str) -> str:
@@ -258,36 +260,7 @@ def _split_contradictions(name: str, split: Split, manifest: Manifest) -> Iterat
         yield f"more patients or positives than the {split.num_rows} rows of {name}, expected at most as many"
 
 
-def _stack(parts: dict[str, pa.Table], schema: pa.Schema) -> pa.Table:
-    return pa.concat_tables([parts[split].replace_schema_metadata(None).cast(schema) for split in SPLITS])
-
-
-def _put_table(uri: str, name: str, table: pa.Table) -> SideTable:
-    sink = io.BytesIO()
-    pq.write_table(table.combine_chunks(), sink, compression="zstd", row_group_size=1 << 20)
-    data = sink.getvalue()
-    storage.put_atomic(storage.join(uri, name), data)
-    return SideTable(path=name, bytes=len(data), sha256=hashlib.sha256(data).hexdigest(), rows=table.num_rows)
-
-
-@functools.lru_cache(maxsize=8)
-def _read_table(uri: str, side: SideTable) -> pa.Table:
-    where = storage.join(uri, side.path)
-    try:
-        data = storage.read_bytes(where)
-    except FileNotFoundError:
-        raise DataError(f"{storage.shown(where)}: found no file, expected the manifest's table; ingest again") from None
-    if hashlib.sha256(data).hexdigest() != side.sha256:
-        raise DataError(
-            f"{storage.shown(where)}: found a SHA-256 that is not the manifest's ({side.sha256[:12]}…); "
-            f"the file was changed or cut, delete {storage.shown(where)}, then ingest again"
-        )
-    try:
-        table = read_table(data)
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{storage.shown(where)}: cannot be read ({_brief(str(error))}); ingest again") from None
-    if table.num_rows != side.rows:
-        raise DataError(
-            f"{storage.shown(where)}: found {table.num_rows} rows, expected the manifest's {side.rows}; ingest again"
-        )
-    return table
+def _pieces(parts: Mapping[str, pa.Table | Iterable[pa.Table]]) -> Iterator[pa.Table]:
+    for split in SPLITS:
+        part = parts[split]
+        yield from [part] if isinstance(part, pa.Table) else part

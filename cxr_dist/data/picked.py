@@ -4,6 +4,8 @@ from collections.abc import Collection, Iterator
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from cxr_dist import storage
 from cxr_dist.config import DataConfig
@@ -26,10 +28,10 @@ def picked_images(
     Only the row groups that hold them are read, only they are decoded, in this process. DataError for an id that the split
     has not, and for an image that cannot be read: name those that a score table holds, which all could be.
     """
-    ids = manifest.rows(split)["image_id"].to_pylist()
     wanted = set(image_ids)
-    rows = np.flatnonzero([image_id in wanted for image_id in ids])
-    if missing := wanted - {ids[row] for row in rows}:
+    ids = _rows_of(manifest, split, wanted)
+    rows = np.array(list(ids), np.int64)
+    if missing := wanted - set(ids.values()):
         raise DataError(
             f"{storage.shown(manifest.uri)}: found no image {min(missing)} in the {split} split ({len(missing)} such), expected "
             "those of its score table; give the dataset that was scored"
@@ -50,6 +52,17 @@ def picked_images(
         yield {
             name: _pixels(image, manifest, name) for name, image in zip(names, table["image"].to_pylist(), strict=True)
         }
+
+
+def _rows_of(manifest: Manifest, split: str, wanted: Collection[str]) -> dict[int, str]:
+    """Row and name of each wanted image that the split has, in its order."""
+    names, found, first = pa.array(sorted(wanted), pa.string()), {}, 0
+    for batch in manifest.row_batches(split, ["image_id"]):
+        column = batch["image_id"].combine_chunks()
+        for row in np.flatnonzero(pc.is_in(column, value_set=names).to_numpy(zero_copy_only=False)).tolist():
+            found[first + row] = column[row].as_py()
+        first += len(column)
+    return found
 
 
 def _pixels(image: bytes, manifest: Manifest, image_id: str) -> npt.NDArray[np.uint8]:

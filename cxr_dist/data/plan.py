@@ -51,7 +51,7 @@ class Split:
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One step of the run: `groups` are its row groups in global order, all ranks together."""
+    """One step of the run: `groups` are its row groups in global order, all ranks together (or one rank's, see `share`)."""
 
     index: int
     kind: Literal["train", "validation"]
@@ -150,15 +150,26 @@ class Plan:
 
     def step(self, index: int) -> Step:
         """The run's step number `index`."""
+        return self._step(index, slice(0, self.groups_per_step))
+
+    def share(self, index: int, rank: int, world_size: int) -> Step:
+        """The step with `groups` of one rank alone, at the cost of these: `step(index).of_rank(rank, world_size)`."""
+        share = self.groups_per_step // world_size
+        return self._step(index, slice(rank * share, (rank + 1) * share))
+
+    def _step(self, index: int, part: slice) -> Step:
+        """The run's step number `index` with that part of its row groups."""
         if not 0 <= index < self.num_steps:
             raise IndexError(f"step {index} of a run of {self.num_steps} steps")
         epoch, offset = divmod(index, self.steps_per_epoch)
         if offset < self.train_steps:
-            places = np.arange(offset * self.groups_per_step, (offset + 1) * self.groups_per_step)
+            first = offset * self.groups_per_step
+            places = np.arange(first + part.start, first + part.stop)
             groups = permute(places, self.train.num_full_groups, self._epoch_keys(epoch))
             return Step(index=index, kind="train", epoch=epoch, number=offset, groups=groups)
         number = offset - self.train_steps
-        groups = np.arange(number * self.groups_per_step, (number + 1) * self.groups_per_step)
+        first = number * self.groups_per_step
+        groups = np.arange(first + part.start, first + part.stop)
         groups = np.where(groups < self.validation.num_groups, groups, EMPTY)
         return Step(index=index, kind="validation", epoch=epoch, number=number, groups=groups)
 
@@ -170,6 +181,13 @@ class Plan:
         end = self.train.num_full_groups if last is None else last * self.groups_per_step
         places = np.arange(first * self.groups_per_step, end)
         return permute(places, self.train.num_full_groups, self._epoch_keys(epoch))
+
+    def places(self, groups: Int64, epoch: int) -> Int64:
+        """Where in the epoch's order of training row groups each of these full ones stands: the inverse of `step`.
+
+        Place p is read in the epoch's training step p // groups_per_step; places past the last step are not read.
+        """
+        return permute(groups, self.train.num_full_groups, self._epoch_keys(epoch), inverse=True)
 
     def split_of(self, step: Step) -> Split:
         return self.train if step.kind == "train" else self.validation
@@ -187,19 +205,20 @@ class Plan:
 _ROUNDS = 6
 
 
-def permute(places: Int64, size: int, keys: npt.NDArray[np.uint64]) -> Int64:
+def permute(places: Int64, size: int, keys: npt.NDArray[np.uint64], *, inverse: bool = False) -> Int64:
     """Values of a keyed permutation of range(size) at `places`: a Feistel network with cycle walking.
 
     Costs the same at any place and any size and keeps no table, unlike a shuffled array; and it stays the same over
-    library versions. (Black and Rogaway, Ciphers with Arbitrary Finite Domains, 2002.)
+    library versions. (Black and Rogaway, Ciphers with Arbitrary Finite Domains, 2002.) `inverse` gives the places back.
     """
     if size == 1:
         return np.zeros_like(places)
     half = max(1, (int(size - 1).bit_length() + 1) // 2)
+    turn = _unfeistel if inverse else _feistel
     values = places.astype(np.uint64)
     outside = np.ones(len(values), dtype=bool)
     while outside.any():
-        values[outside] = _feistel(values[outside], half, keys)
+        values[outside] = turn(values[outside], half, keys)
         outside = values >= size
     return values.astype(np.int64)
 
@@ -209,6 +228,14 @@ def _feistel(values: npt.NDArray[np.uint64], half: int, keys: npt.NDArray[np.uin
     left, right = values >> np.uint64(half), values & mask
     for key in keys:
         left, right = right, left ^ (_mix(right ^ key) & mask)
+    return (left << np.uint64(half)) | right
+
+
+def _unfeistel(values: npt.NDArray[np.uint64], half: int, keys: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    mask = np.uint64((1 << half) - 1)
+    left, right = values >> np.uint64(half), values & mask
+    for key in keys[::-1]:
+        left, right = right ^ (_mix(left ^ key) & mask), left
     return (left << np.uint64(half)) | right
 
 

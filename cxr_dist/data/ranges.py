@@ -23,6 +23,7 @@ import pyarrow as pa
 from cxr_dist import storage
 from cxr_dist.data.hedge import Attempt, Pending, shared_pool
 from cxr_dist.data.nodecache import NodeCache, read_buffer
+from cxr_dist.data.places import Lookup
 from cxr_dist.errors import DataError, RunError
 
 __all__ = ["AHEAD_BYTES", "TIMEOUT_S", "ByteRanges", "ReadCounters", "counters"]
@@ -98,11 +99,11 @@ class ByteRanges:
     """SHA-256, hex, of each file [F], by which the cache knows its bytes; None: by `identity` and the path."""
     identity: str = ""
     """SHA-256, hex, of the manifest that names files whose own is not known."""
-    file_index: npt.NDArray[np.int32]
+    file_index: Lookup
     """File of each piece [G]."""
-    offset: npt.NDArray[np.int64]
+    offset: Lookup
     """First byte of each piece [G]."""
-    length: npt.NDArray[np.int64]
+    length: Lookup
     """Bytes of each piece [G]."""
     missing: str
     """What a person is told where a file is missing: what was expected, and what to do; `{uri}` stands for it."""

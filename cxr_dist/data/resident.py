@@ -171,10 +171,10 @@ class ResidentFeed:
 
     def batch(self, index: int) -> Batch:
         """This rank's share of one step."""
-        step = self.plan.step(index)
+        step = self.plan.share(index, self.rank, self.world_size)
         view = view_of(step.epoch, views=self.views, augment=self.augment) if step.kind == "train" else 0
         found = self.sets[step.kind, view]
-        rows = self.plan.split_of(step).rows(step.of_rank(self.rank, self.world_size))
+        rows = self.plan.split_of(step).rows(step.groups)
         real = rows >= 0
         state = np.where(real, found.state[rows], PADDING)
         ids = np.where(real, found.ids[rows], "").tolist()

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from cxr_dist import storage
 from cxr_dist.config import DataConfig
@@ -19,6 +20,7 @@ from cxr_dist.data.manifest import Manifest
 from cxr_dist.data.nih import FINDINGS, LABELS_SCHEMA, findings_matrix
 from cxr_dist.data.nodecache import NodeCache
 from cxr_dist.data.pages import BrokenPagesError, read_row_groups
+from cxr_dist.data.places import Lookup, places
 from cxr_dist.data.ranges import AHEAD_BYTES, ByteRanges
 from cxr_dist.errors import DataError
 
@@ -48,7 +50,7 @@ class ShardReader:
     """Row groups of Parquet shards that were written as ingest writes them."""
 
     ranges: ByteRanges
-    num_rows: npt.NDArray[np.int32]
+    num_rows: Lookup
     """Rows of each row group [G]."""
     schema: pa.Schema
     """What the shards were written with."""
@@ -66,7 +68,7 @@ class ShardReader:
         return cls.of_shards(
             manifest.files_uri,
             manifest.splits[split].shards,
-            manifest.row_groups(split),
+            manifest.row_group_batches(split),
             schema=LABELS_SCHEMA.append(pa.field("image", image)),
             config=config,
         )
@@ -76,7 +78,7 @@ class ShardReader:
         cls,
         root: str,
         shards: Sequence[StoredFile],
-        row_groups: pa.Table,
+        row_groups: pa.Table | Iterable[pa.Table],
         *,
         schema: pa.Schema,
         columns: tuple[str, ...] = COLUMNS,
@@ -84,26 +86,26 @@ class ShardReader:
         mend: str = _MEND_SHARD,
         config: DataConfig | None = None,
     ) -> "ShardReader":
-        """The reader of any shards under `root`; `row_groups` says where each lies: path, rows, offset, bytes.
+        """The reader of any shards under `root`; `row_groups` says, whole or in pieces, where each lies: path, rows, offset, bytes.
 
         `missing` and `mend` are what a person is told of a lost and of a changed shard, `{uri}` in them.
         """
-        at = {shard.path: index for index, shard in enumerate(shards)}
+        paths = pa.array([shard.path for shard in shards], pa.string())
+        pieces = [row_groups] if isinstance(row_groups, pa.Table) else row_groups
+        found = places(_columns(pieces, paths))
         ranges = ByteRanges(
             root=root,
-            paths=pa.array([shard.path for shard in shards], pa.string()),
+            paths=paths,
             file_bytes=np.array([shard.bytes for shard in shards], np.int64),
             file_sha256=pa.array([shard.sha256 for shard in shards], pa.string()),
-            file_index=np.fromiter(
-                (at[path] for path in row_groups["path"].to_pylist()), np.int32, row_groups.num_rows
-            ),
-            offset=row_groups["offset"].to_numpy().copy(),
-            length=row_groups["bytes"].to_numpy().copy(),
+            file_index=found.file_index,
+            offset=found.offset,
+            length=found.length,
             missing=missing,
             mend=mend,
             **reading(config),
         )
-        return cls(ranges=ranges, num_rows=row_groups["rows"].to_numpy().copy(), schema=schema, columns=columns)
+        return cls(ranges=ranges, num_rows=found.rows, schema=schema, columns=columns)
 
     def read(self, groups: npt.ArrayLike) -> pa.Table:
         """The rows of the row groups in the given order: `columns`, as stored.
@@ -188,6 +190,18 @@ class FileReader:
                 pa.array(pieces, pa.binary()),
             ]
             yield pa.table(columns, names=list(COLUMNS))
+
+
+def _columns(row_groups: Iterable[pa.Table], paths: pa.Array) -> Iterator[tuple[npt.NDArray[Any], ...]]:
+    """Number of the file among `paths`, offset, bytes and rows of each row group, piece by piece."""
+    for table in row_groups:
+        files = pc.index_in(table["path"], value_set=paths)
+        if files.null_count:
+            unknown = table["path"].filter(pc.is_null(files))[0].as_py()
+            raise DataError(
+                f"row groups: found the shard {unknown!r}, expected one that the manifest lists; ingest again"
+            )
+        yield tuple(column.to_numpy() for column in (files, table["offset"], table["bytes"], table["rows"]))
 
 
 def reading(config: DataConfig | None) -> dict[str, Any]:

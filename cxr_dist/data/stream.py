@@ -44,6 +44,7 @@ class Batch:
     """A rank's share of one step. B rows, K findings, S pixels a side; arrays are read-only views of the block."""
 
     step: Step
+    """With this rank's row groups."""
     images_BSS: npt.NDArray[np.uint8]
     """Grey pixels; of no rows where the batch brings features."""
     labels_BK: npt.NDArray[np.uint8]
@@ -208,8 +209,8 @@ class Stream:
     def _checked(self, table: pa.Table, index: int) -> Batch:
         self._expect("step", table["index"].to_numpy(), np.full(len(table), index), index)
         self._expect("rank", table["rank"].to_numpy(), np.full(len(table), self.rank), index)
-        step = self.plan.step(index)
-        rows = self.plan.split_of(step).rows(step.of_rank(self.rank, self.world_size))
+        step = self.plan.share(index, self.rank, self.world_size)
+        rows = self.plan.split_of(step).rows(step.groups)
         self._expect("row", table["row"].to_numpy(), rows, index)
         state = table["state"].to_numpy()
         ids = table["image_id"].to_pylist()

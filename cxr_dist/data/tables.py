@@ -10,7 +10,7 @@ import io
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-__all__ = ["read_table"]
+__all__ = ["open_table", "read_table"]
 
 
 def read_table(
@@ -20,10 +20,21 @@ def read_table(
     column of an extension type, on whatever level."""
     source = pa.BufferReader(data) if isinstance(data, pa.Buffer) else io.BytesIO(data)
     table = pq.read_table(source, page_checksum_verification=page_checksum_verification, use_threads=use_threads)
-    for field in table.schema:
+    _check_plain(table.schema)
+    return table
+
+
+def open_table(file: pa.NativeFile, metadata: pq.FileMetaData | None = None) -> pq.ParquetFile:
+    """The Parquet file, nothing of it read but its footer (not even that where its `metadata` is given). Raises as `read_table`."""
+    parquet = pq.ParquetFile(file, metadata=metadata, pre_buffer=False)
+    _check_plain(parquet.schema_arrow)
+    return parquet
+
+
+def _check_plain(schema: pa.Schema) -> None:
+    for field in schema:
         if not _is_plain(field.type):
             raise pa.ArrowTypeError(f"column {field.name} of type {field.type}, expected plain values")
-    return table
 
 
 def _is_plain(kind: pa.DataType) -> bool:

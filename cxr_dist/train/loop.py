@@ -30,7 +30,7 @@ from cxr_dist.train.learner import Learner
 from cxr_dist.train.monitor import Monitor, Spent
 from cxr_dist.train.notice import Notice
 from cxr_dist.train.progress import Progress
-from cxr_dist.train.saver import PATIENCE_S, Saver
+from cxr_dist.train.saver import PATIENCE_S, Saver, is_due
 from cxr_dist.train.validation import Validation
 from cxr_dist.train.watch import Watch
 
@@ -191,8 +191,8 @@ class Trainer:
     def checkpoint_in_epoch(self, step: Step) -> None:
         """Within an epoch: save the state every so many steps, or because someone wants one. Collective."""
         self.watch.at(step.index, "waits for the other ranks")
-        wanted, every = self.notice.wanted(), self.config.checkpoint_every_steps
-        if not wanted and not (step.kind == "train" and every and self.progress.steps % every == 0):
+        wanted = self.notice.wanted()
+        if not wanted and not is_due(step, self.progress.steps, self.config.checkpoint_every_steps):
             return
         progress = self.before_validation
         if step.kind == "train" and not self.last_of_kind(step):

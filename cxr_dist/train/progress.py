@@ -5,7 +5,8 @@ a state can be saved, at any step, and taken up by another number of ranks.
 """
 
 import hashlib
-from collections.abc import Iterable, Sequence
+import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -19,6 +20,9 @@ from cxr_dist.train.validation import Scored, Validation
 __all__ = ["Progress", "Seen", "planned_samples", "samples"]
 
 MODULUS = 1 << 256
+
+TOGETHER = 4096
+"""Row groups whose ids `planned_samples` holds at a time."""
 
 
 def samples(index: int, first: int, image_ids: Iterable[str]) -> int:
@@ -34,13 +38,24 @@ def samples(index: int, first: int, image_ids: Iterable[str]) -> int:
     return sum(int.from_bytes(digest, "big") for digest in digests) % MODULUS
 
 
-def planned_samples(plan: Plan, image_ids: Sequence[str], epochs: int) -> str:
-    """What `samples_sha256` must be after so many epochs, from the plan and the train split's ids alone."""
-    total, names = 0, np.asarray(image_ids, dtype=object)
-    for epoch in range(epochs):
-        first = epoch * plan.steps_per_epoch
-        for index in range(first, first + plan.train_steps):
-            total += samples(index, 0, names[plan.train.rows(plan.step(index).groups)].tolist())
+def planned_samples(plan: Plan, image_ids: Iterable[str], epochs: int) -> str:
+    """What `samples_sha256` must be after so many epochs, from the plan and the train split's ids alone.
+
+    The ids are taken in placement order, a few at a time, and asked of the plan where each epoch reads them: a sum has no
+    order, and a split of a hundred million names need not be in memory.
+    """
+    total, size, per_step = 0, plan.train.row_group, plan.groups_per_step
+    names, first = iter(image_ids), 0
+    while ids := list(itertools.islice(names, TOGETHER * size)):
+        groups = np.arange(first, min(first + len(ids) // size, plan.train.num_full_groups))
+        for epoch in range(epochs):
+            places = plan.places(groups, epoch)
+            read = np.flatnonzero(places < plan.train_steps * per_step)
+            steps, at = np.divmod(places[read], per_step)
+            indices = epoch * plan.steps_per_epoch + steps
+            for group, index, place in zip(read.tolist(), indices.tolist(), at.tolist(), strict=True):
+                total += samples(index, place * size, ids[group * size : (group + 1) * size])
+        first += TOGETHER
     return _shown(total)
 
 

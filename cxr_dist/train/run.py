@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import logging
 import shutil
@@ -131,7 +132,9 @@ def with_features(job: TrainJob, *, use: bool | None) -> tuple[TrainJob, Cache, 
 
 def check_samples(job: TrainJob, manifest: Manifest, trained: dict[str, Any]) -> None:
     """The images trained on, in global order, are the plan's; RunError otherwise."""
-    expected = planned_samples(job.plan, manifest.rows("train")["image_id"].to_pylist(), trained["epochs"])
+    batches = manifest.row_batches("train", ["image_id"])
+    ids = itertools.chain.from_iterable(batch["image_id"].to_pylist() for batch in batches)
+    expected = planned_samples(job.plan, ids, trained["epochs"])
     if trained["samples_sha256"] != expected:
         raise RunError(
             f"images trained on: found SHA-256 {trained['samples_sha256']}, expected {expected} by the plan; "

@@ -15,16 +15,22 @@ from typing import Any, Self
 import torch
 
 from cxr_dist import storage
+from cxr_dist.data.plan import Step
 from cxr_dist.errors import InputError, RunError
 from cxr_dist.train.checkpoint import Checkpoints
 
-__all__ = ["PATIENCE_S", "Saver", "on_host"]
+__all__ = ["PATIENCE_S", "Saver", "is_due", "on_host"]
 
 log = logging.getLogger(__name__)
 
 PATIENCE_S = 300.0
 """Longest that a needed checkpoint is tried for, seconds."""
 PAUSE_S = 5.0
+
+
+def is_due(step: Step, steps: int, every: int) -> bool:
+    """Whether a periodic checkpoint follows a step, after so many training steps of the run; 0: none within an epoch."""
+    return step.kind == "train" and every > 0 and steps % every == 0
 
 
 def on_host(value: Any) -> Any:

@@ -17,9 +17,10 @@ import ray
 from cxr_dist.config import Config, DataConfig
 from cxr_dist.data import images, nih
 from cxr_dist.data.ingest import ingest, labels_only
-from cxr_dist.data.manifest import Manifest, _read_table
+from cxr_dist.data.manifest import Manifest
 from cxr_dist.data.release import find_images
 from cxr_dist.data.shards import ShardReader
+from cxr_dist.data.sidetables import opened
 from cxr_dist.errors import DataError, InputError
 from tests.ingesting import ROOT, config_of, copy_with, kill_at
 from tests.releases import bomb, noise, png, write_archives, write_release, write_tar
@@ -49,7 +50,7 @@ def run(release: Path, uri: Path, **changes) -> dict:
 
 def read_all(uri: Path) -> dict[str, bytes]:
     """Every image of a dataset, by name, from its shards; raises what reading or a table raises."""
-    _read_table.cache_clear()
+    opened.cache_clear()
     manifest = Manifest.load(str(uri))
     manifest.all_quarantined()
     seen: dict[str, bytes] = {}

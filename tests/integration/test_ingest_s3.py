@@ -10,6 +10,8 @@ import pytest
 import ray
 
 from cxr_dist import storage
+from cxr_dist.bench import vast
+from cxr_dist.data import sidetables
 from cxr_dist.data.ingest import ingest
 from cxr_dist.data.manifest import Manifest
 from cxr_dist.data.shards import ShardReader
@@ -122,6 +124,23 @@ def test_in_place_reads_the_objects_where_they_lie(release, folder):
     table = ShardReader.from_manifest(manifest, "test").read(np.arange(len(names)))
     assert table["image_id"].to_pylist() == names
     assert table["image"].to_pylist() == [(folder / "files" / "images" / name).read_bytes() for name in names]
+
+
+def test_a_large_side_table_is_read_from_s3_in_parts(cluster, monkeypatch):
+    manifest = vast.write_manifest("s3://cxr/vast", 3000)
+    kept = {name: manifest.rows(name) for name in manifest.splits}
+    monkeypatch.setattr(sidetables, "KEPT_BYTES", 0)
+    sidetables.opened.cache_clear()
+    assert {name: manifest.rows(name) for name in manifest.splits} == kept
+    batches = list(manifest.row_batches("test", ["image_id"]))
+    assert [name for batch in batches for name in batch["image_id"].to_pylist()] == kept["test"]["image_id"].to_pylist()
+    storage.put_atomic("s3://cxr/vast/rows.parquet", storage.read_bytes("s3://cxr/vast/rows.parquet") + b"x")
+    sidetables.opened.cache_clear()
+    with pytest.raises(DataError, match=r"rows\.parquet: found a SHA-256 that is not the manifest's"):
+        manifest.rows("test")
+    storage.delete("s3://cxr/vast/rows.parquet")
+    with pytest.raises(DataError, match=r"rows\.parquet: found no file, expected the manifest's table"):
+        manifest.rows("test")
 
 
 @pytest.mark.parametrize("kind", ["files", "archives"])

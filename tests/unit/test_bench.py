@@ -297,6 +297,13 @@ def refused(job: ModuleType, capsys: pytest.CaptureFixture[str], *argv: str) -> 
             ["decode", "--images", "/none"],
             "error: /none: found no .png file, expected a folder or prefix of PNG images",
         ),
+        (["simulate", "--max_images", "5"], "error: --max_images: found 5, expected 100000 or more"),
+        (["simulate", "--network_gbit", "0"], "error: --network_gbit: found 0.0, expected more than 0"),
+        (
+            ["simulate", "--rank_images_per_s", "100", "0"],
+            "error: --rank_images_per_s: found (100.0, 0.0), expected more than 0",
+        ),
+        (["page"], "error: page: found no --results or no --page, expected the JSON to show and the file to write"),
         (
             ["chart"],
             "error: chart: found no --results or no --chart, expected the JSON to draw and the file to write",

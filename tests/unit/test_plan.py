@@ -85,6 +85,30 @@ def test_ranks_in_order_are_the_global_step_at_every_allowed_world_size(plan):
 
 @unhurried
 @given(plans())
+def test_a_share_is_worked_out_alone_as_it_is_with_the_others(plan):
+    for size in allowed_world_sizes(plan.global_batch, plan.train.row_group):
+        for index in {0, plan.train_steps - 1, plan.train_steps % plan.num_steps, plan.num_steps - 1}:
+            step = plan.step(index)
+            for rank in {0, size // 2, size - 1}:
+                share = plan.share(index, rank, size)
+                assert share.groups.tolist() == step.of_rank(rank, size).tolist()
+                assert (share.index, share.kind, share.epoch, share.number) == (
+                    step.index, step.kind, step.epoch, step.number,
+                )  # fmt: skip
+
+
+@unhurried
+@given(plans())
+def test_places_are_where_the_steps_read_a_row_group(plan):
+    for epoch in range(plan.epochs):
+        places = plan.places(np.arange(plan.train.num_full_groups), epoch)
+        assert sorted(places.tolist()) == list(range(plan.train.num_full_groups))
+        order = np.argsort(places)[: plan.train_steps * plan.groups_per_step]
+        assert order.tolist() == epoch_groups(plan, epoch)
+
+
+@unhurried
+@given(plans())
 def test_a_training_epoch_reads_full_row_groups_once(plan):
     for epoch in range(plan.epochs):
         groups = epoch_groups(plan, epoch)

@@ -25,7 +25,7 @@ from ray._private import ray_constants
 from ray.data._internal.object_extensions.arrow import ArrowPythonObjectType
 
 from cxr_dist import cluster, writes
-from cxr_dist.data import archives, manifest, nih, tables
+from cxr_dist.data import archives, nih, sidetables, tables
 from cxr_dist.errors import DataError, InputError
 from cxr_dist.evaluate import external
 from cxr_dist.folders import private_folder
@@ -233,11 +233,11 @@ def test_no_column_of_pickles_is_read_at_whatever_depth(trace: Path, wrap: Calla
 def test_no_table_of_storage_is_executed(tmp_path: Path, trace: Path) -> None:
     data = pickled_column(Payload(trace))
     (tmp_path / "row_groups.parquet").write_bytes(data)
-    side = manifest.SideTable(
+    side = sidetables.SideTable(
         path="row_groups.parquet", bytes=len(data), sha256=hashlib.sha256(data).hexdigest(), rows=1
     )
     with pytest.raises(DataError, match=r"cannot be read .*expected plain values"):
-        manifest._read_table(str(tmp_path), side)
+        sidetables.opened(str(tmp_path), side)
     labels = nih.read_labels(
         b"Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position\na.png,Mass,0,1,1,M,PA",
         "labels",
