@@ -27,7 +27,7 @@ report-demo: install  ## the whole report of the latest demo again, in seconds (
 	$(BIN)/python jobs/demo.py --report
 
 test: install check  ## lint, types, known vulnerabilities, and every test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 drills: install  ## hurt real processes, and write what came of it to docs/reliability.md
 	CXR_DRILLS=$(CURDIR)/docs/drills.jsonl $(BIN)/python -m pytest tests/drills -m drill
