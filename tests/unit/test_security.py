@@ -54,7 +54,7 @@ def faults(source: str, path: str) -> Iterator[str]:
                 names = [node.module or "", *names]
             yield from (f"import {name}" for name in names if name.split(".")[-1] in PICKLERS)
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            if re.search(r"(?<![\d.])0\.0\.0\.0(?![\d.])", node.value) or node.value == "::":
+            if re.search(r"(?<![\d.])0\.0\.0\.0(?![\d./])", node.value) or node.value == "::":
                 yield f"binds to {node.value}"
         elif isinstance(node, ast.Call):
             yield from _call_faults(node, path)
