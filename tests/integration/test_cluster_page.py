@@ -44,6 +44,7 @@ def test_the_page_leads_to_a_finished_run(full_stack: Stack, client: MlflowClien
         "RAY_API_SERVER_ADDRESS": full_stack.addresses["ray"],
         "PATH": f"{Path(sys.executable).parent}:{env['PATH']}",
     }
+    env["HOME"] = str(tmp_path)  # the token is made there
     script = "\n".join(commands).replace("RELEASE=s3://$BUCKET/release/nih", f"RELEASE={tmp_path / 'nih'}")
     said = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", script], env=env, cwd=ROOT, capture_output=True, text=True, check=False
