@@ -19,7 +19,7 @@ from tests.conftest import ROOT
 from tests.faultproxy import FaultProxy, fault_proxy
 from tests.nodes import Node
 from tests.policy import REFUSED, documented, held_to, needs, refused
-from tests.submitting import Submitted, run
+from tests.submitting import Submitted, run, submit, wait
 
 DOCTOR = (
     "python jobs/doctor.py --config jobs/configs/nih14.yaml --data.size 64 --model.weights random --train.use_gpu no"
@@ -90,15 +90,20 @@ def test_a_node_that_hangs_and_one_without_the_gpu_that_ray_was_told_are_named(
     full_stack: Stack, jobs: JobSubmissionClient, doctor: str
 ) -> None:
     with Node(full_stack, 1, num_gpus=1) as without, Node(full_stack, 3) as hung:
-        os.kill(hung.raylet, signal.SIGSTOP)  # in the list of nodes until Ray's health check gives it up
-        job = run(jobs, f"{doctor} --train.use_gpu yes --train.num_workers 1 --train.cpus_per_worker 1 --timeout 20")
+        hung_id, without_id = hung.node_id, without.node_id
+        flags = "--train.use_gpu yes --train.num_workers 1 --train.cpus_per_worker 1 --timeout 20"
+        job_id = submit(jobs, f"{doctor} {flags}")
+        # not before: Ray's health check gives a node up after half a minute or more, and then it is no longer asked
+        wait(jobs, job_id, until=lambda: "looking at dataset" in jobs.get_job_logs(job_id))
+        os.kill(hung.raylet, signal.SIGSTOP)
+        job = wait(jobs, job_id)
         assert (job.status, job.exit_code) == (JobStatus.FAILED, 1), job.logs[-6000:]
         nodes = {node["node_id"]: node["host"] for node in job.result["nodes"]}
         silent = {problem["node"]: problem for problem in job.result["problems"] if problem["check"] == "answers"}
-        assert list(silent) == [nodes[hung.node_id]]
-        assert silent[nodes[hung.node_id]]["found"] == "no answer within 20 s"
+        assert list(silent) == [nodes[hung_id]]
+        assert silent[nodes[hung_id]]["found"] == "no answer within 20 s"
         blind = {problem["node"]: problem for problem in job.result["problems"] if problem["check"] == "GPUs"}
-        assert list(blind) == [nodes[without.node_id]]
+        assert list(blind) == [nodes[without_id]]
         assert job.result["rates"]["train_images_per_s_per_worker"] is None
         assert "\nNOT READY: 2 problems\n" in job.logs
 
