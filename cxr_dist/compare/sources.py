@@ -5,7 +5,8 @@
     runs:/ID, models:/NAME/VERSION  the score tables that MLflow keeps with the run, else those in the run's folder
     RUN/checkpoints/OWNER/STEP.pt   scored now, on `data.uri`; so is any of the others that has no scores of the split
 
-A run brings its validation scores along. NAME=URI says what a model is called.
+A run brings its validation scores along. NAME=URI says what a model is called. A checkpoint that is scored on test is one
+more test evaluation of its run, and counted as such where the run is in MLflow.
 """
 
 import re
@@ -45,6 +46,8 @@ class _Found:
     validation: ScoreTable | None = None
     cleaned: int = 0
     origin: str = ""
+    how: str = ""
+    """How the scores were made, if they were made now."""
 
 
 def read_entries(config: Config, asked: Sequence[str], validation: Sequence[str], split: str) -> list[Entry]:
@@ -167,7 +170,7 @@ def _from_mlflow(config: Config, labels: pa.Table | None, asked: str, split: str
             f"tracking.uri: found no file {database}, expected MLflow's database that has {asked}; give its URI"
         )
     client = MlflowClient(config.tracking.uri)
-    found, origin = None, asked
+    found, origin, run_id = None, asked, ""
     try:
         run_id = asked.removeprefix("runs:/").partition("/")[0]
         if asked.startswith("models:/"):
@@ -188,7 +191,8 @@ def _from_mlflow(config: Config, labels: pa.Table | None, asked: str, split: str
         ) from None
     if found is None:
         with find_model(asked, config.tracking.uri) as model:
-            found = _scored(config, model.uri, split)
+            found = _scored(config, model.uri, split, run_id=run_id)
+        origin += f", {found.how}"
     return replace(found, origin=origin)
 
 
@@ -197,8 +201,8 @@ def _download(client: Any, run_id: str, folder: str) -> None:
         client.download_artifacts(run_id, name, folder)
 
 
-def _scored(config: Config, uri: str, split: str) -> _Found:
-    """A checkpoint's scores, made now, with the validation scores that lie with it."""
+def _scored(config: Config, uri: str, split: str, *, run_id: str = "") -> _Found:
+    """A checkpoint's scores, made now, with the validation scores that lie with it; `run_id` is its run, if known."""
     if not config.data.uri:
         raise ConfigError(
             f"data.uri: found nothing, expected the dataset that {storage.shown(uri)} is scored on; its run has no scores of "
@@ -208,6 +212,7 @@ def _scored(config: Config, uri: str, split: str) -> _Found:
 
     from cxr_dist import cluster
     from cxr_dist.capacity import wants_gpu
+    from cxr_dist.evaluate.counted import count_again
     from cxr_dist.evaluate.inference import score_split
     from cxr_dist.train.checkpoint import find_checkpoint
 
@@ -221,4 +226,10 @@ def _scored(config: Config, uri: str, split: str) -> _Found:
     cluster.connect(2)
     cluster.check_visible({"data.uri": config.data.uri, "the checkpoint": uri})
     scores, _ = score_split(config, uri, split, use_gpu=wants_gpu(config, ray.cluster_resources()))
-    return _Found(scores=scores, validation=validation, origin=f"{storage.shown(checkpoints.uri(entry))}, scored now")
+    how = "scored now"
+    if split == "test":
+        number, why = count_again(checkpoints.folder, config.tracking.uri, run_id=run_id)
+        how += f", test evaluation number {number}" if number else f", a test evaluation that is not counted: {why}"
+    return _Found(
+        scores=scores, validation=validation, origin=f"{storage.shown(checkpoints.uri(entry))}, {how}", how=how
+    )

@@ -17,16 +17,18 @@ AGAIN = "test_evaluation_again"
 """Tag of a run: which of these its latest later evaluation was."""
 
 
-def count_again(folder: str, tracking_uri: str) -> tuple[int | None, str]:
-    """Count one more test evaluation of the run in `folder`: its number in the experiment, or None and why it is not counted.
+def count_again(folder: str, tracking_uri: str, *, run_id: str = "") -> tuple[int | None, str]:
+    """Count one more test evaluation of a run, which `run_id` or run.json in `folder` names: its number in the experiment,
+    or None and why it is not counted.
 
     Never raises because of the store or the server: the evaluation has been made.
     """
     try:
-        found = read_run(folder)
-        if found is None:
-            return None, "the checkpoint has no run.json beside it that names its MLflow run"
-        run_id = str(found["run_id"])
+        if not run_id:
+            found = read_run(folder)
+            if found is None:
+                return None, "the checkpoint has no run.json beside it that names its MLflow run"
+            run_id = str(found["run_id"])
         if run_id.startswith(PENDING):
             return None, "MLflow does not have its run yet; jobs/sync.py tells MLflow of it"
         uri = absolute_uri(tracking_uri)

@@ -1,5 +1,6 @@
 """A part of the fuzz in a child process, so that what kills it is a failed test with the case's number."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,8 @@ def run(part: str, folder: Path) -> None:
     command = [sys.executable, "-m", "tests.fuzz.worker", part, str(SEED), "0", str(cases)]
     with said.open("w") as out:
         try:
-            child = subprocess.run(command, stdout=out, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+            env = os.environ | {"TMPDIR": str(folder)}  # the bombs are 160 MB on disk, and go with the test's folder
+            child = subprocess.run(command, stdout=out, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=env)
         finally:
             lines = said.read_text().splitlines()
             print(f"part {part}, seed {SEED}: the last line was {lines[-1:]}")  # of a hang, which pytest-timeout ends

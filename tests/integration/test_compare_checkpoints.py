@@ -26,6 +26,7 @@ from cxr_dist.errors import DataError
 from cxr_dist.evaluate.inference import score_split
 from cxr_dist.evaluate.scores import read
 from cxr_dist.evaluate.xrv import XrvNetwork, score_xrv
+from cxr_dist.experiment import create_run
 from cxr_dist.predict.model import pack
 from tests.comparing import table
 from tests.conftest import ROOT
@@ -102,7 +103,8 @@ def test_checkpoints_are_scored_now_with_the_validation_scores_that_lie_with_the
     client = MlflowClient(uri)
     client.create_registered_model("cxr")
     pack(second, str(tmp_path / "packed"))
-    client.create_model_version("cxr", str(tmp_path / "packed"))
+    run_id = create_run(client, uri, "ours", "second")
+    client.create_model_version("cxr", str(tmp_path / "packed"), run_id=run_id)
     config = dataclasses.replace(config, tracking=TrackingConfig(uri=uri))
     result = compare_models(config, [first, f"again={second}", "models:/cxr/1"], out=tmp_path / "out")
     assert result["findings"] == ["Effusion", "Mass", "Hernia"]
@@ -110,6 +112,10 @@ def test_checkpoints_are_scored_now_with_the_validation_scores_that_lie_with_the
     assert [one["n_validation"] for one in result["models"].values()] == [60, 60, 60]
     assert result["models"]["cxr/1"]["same_scores_as"] == ["again"]
     assert result["models"]["0"]["same_scores_as"] == []
+    assert "scored now, a test evaluation that is not counted: the checkpoint" in result["models"]["0"]["origin"]
+    assert result["models"]["cxr/1"]["origin"].endswith("scored now, test evaluation number 1")
+    counted = client.get_experiment(client.get_run(run_id).info.experiment_id).tags
+    assert counted["test_evaluations"] == "1"
     expected = score_split(config, first, "test")[0]
     for k, finding in enumerate(expected.findings):
         assert result["discrimination"]["0"][finding]["positives"] == int(expected.labels_NK[:, k].sum())
