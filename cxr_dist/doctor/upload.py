@@ -27,7 +27,7 @@ LIMIT_BYTES = min(ray_constants.DASHBOARD_CLIENT_MAX_SIZE, packaging.GCS_STORAGE
 below the largest entry of its key-value store (512 MiB), the only limit that Ray's documentation tells."""
 
 MUCH_BYTES = 10 << 20
-"""Size from which it is said what the upload holds: code alone is well under a megabyte."""
+"""Size from which it is said what the upload holds: code alone is one or two megabytes."""
 
 SHOWN = 5
 """Largest entries that are named."""
