@@ -1,11 +1,13 @@
 """How many actors score, what a failure of theirs is called, and the command line."""
 
 import argparse
+import contextlib
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
+from cxr_dist import spending
 from cxr_dist.cli import model_flag
 from cxr_dist.config import Config
 from cxr_dist.data.rows import OK
@@ -90,6 +92,7 @@ RESULT = {
     "parts": {"written": 1, "found": 2, "damaged": {"part-00001.parquet": "cannot be read"}},
     "model": {"version": "cxr/3@abc"},
     "thresholds": {"source": "0.5 for every finding, as asked"},
+    "scored": 150,
 }
 
 
@@ -109,8 +112,9 @@ def test_what_is_missing_on_the_command_line_is_named() -> None:
 def test_many_unreadable_images_are_said_and_no_failure(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(run, "predict", lambda config, **_: RESULT)
-    assert job.main(Config(), arguments()) == RESULT
+    monkeypatch.setattr(run, "predict", lambda config, **_: dict(RESULT))
+    monkeypatch.setattr(spending, "metered", lambda config: contextlib.nullcontext(lambda images: {"images": images}))
+    assert job.main(Config(), arguments()) == RESULT | {"cost": {"images": 150}}
     assert capsys.readouterr().out.splitlines() == [
         "model: cxr/3@abc; thresholds: 0.5 for every finding, as asked",
         "197 of 200 images predicted, 1 parts written, 2 found: o",
