@@ -54,16 +54,20 @@ def check(path: Path, *, aws: bool, profile: str | None = None) -> tuple[list[st
         return [f"{path}: is no YAML ({' '.join(str(error).split())[:200]}); correct that place"], []
     if not isinstance(cluster, dict):
         return [f"{path}: found {type(cluster).__name__}, expected a mapping; begin with ray-cluster.yaml"], []
-    logging.disable(logging.WARNING)
-    with contextlib.redirect_stdout(io.StringIO()):  # Ray's launcher talks while it looks
-        problems = file_problems(cluster, ray_version=pinned_ray(ROOT))
-    problems += local_problems(cluster, Path.cwd())
-    if not aws:
-        return problems, []
-    if problems:
-        return problems, ["the account, until the file is right"]
-    answers = ask(cluster, profile=profile)
-    return answers.problems, answers.unasked
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # Ray's launcher and boto3 talk while they look
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            problems = file_problems(cluster, ray_version=pinned_ray(ROOT))
+        problems += local_problems(cluster, Path.cwd())
+        if not aws:
+            return problems, []
+        if problems:
+            return problems, ["the account, until the file is right"]
+        answers = ask(cluster, profile=profile)
+        return answers.problems, answers.unasked
+    finally:
+        logging.disable(disabled)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """ray-cluster.yaml: Ray's launcher accepts it, the stricter checks find nothing, and name each fault that it might have."""
 
 import copy
+import logging
 import subprocess
 import tomllib
 from collections.abc import Callable
@@ -287,6 +288,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     token.parent.mkdir()
     token.touch(mode=0o600)
     assert check_cluster.main([str(FILE)]) == 0
+    assert logging.root.manager.disable == logging.NOTSET, "what it silences, it silences for itself"
     assert capsys.readouterr().out == f"{FILE}: nothing found in the file; the account was not asked (--aws)\n"
     for text, sentence in (
         ("a: [", "is no YAML"),
